@@ -1,0 +1,3 @@
+"""qcompiler: a compiler whose optimisation is precision."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,175 @@
+"""The interface of a number format, and what a quantized matrix is.
+
+A format is a grid of representable numbers with the arithmetic of its storage. Rounding, allocation, QDQ
+and kernels are written against this interface, so a new format is one file and every method can use it.
+All weights are seen as matrices [rows, columns] (see `granularity`); `qcompiler.graph.sites` holds the
+mapping from and to the tensors of a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.errors import BadOption
+from qcompiler.formats.granularity import Granularity, parse_granularity
+from qcompiler.formats.packing import packed_bits
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[Any]
+SCALE_DTYPES: dict[str, tuple[str, int]] = {  # name -> (short name, bits)
+    "float32": ("fp32", 32),
+    "float16": ("fp16", 16),
+    "bfloat16": ("bf16", 16),
+}
+
+
+def round_scale(scale: npt.NDArray[Any], dtype: str) -> Floats:
+    """Round scales to the dtype in which they are stored, as float32; never to zero, never to infinity."""
+    wide = np.asarray(scale, np.float32)
+    if dtype == "float32":
+        return wide
+    target = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
+    info = ml_dtypes.finfo(target)
+    tiny = float(info.smallest_normal)
+    return np.clip(wide, tiny, float(info.max)).astype(target).astype(np.float32)
+
+
+@runtime_checkable
+class Format(Protocol):
+    """A grid of numbers. Frozen and hashable; `str(f)` is its name and `parse_format` the inverse."""
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of one code."""
+        ...
+
+    @property
+    def onnx_type(self) -> str | None:
+        """Name of the ONNX tensor type that holds the codes ("INT4"), or None if ONNX has none."""
+        ...
+
+    def fit(self, low: Floats, high: Floats, symmetric: bool) -> tuple[Floats, Floats | None]:
+        """Scale and zero point that cover [low, high] (any shape); zero is None if symmetric."""
+        ...
+
+    def encode(self, w: Floats, scale: Floats, zero: Floats | None) -> Codes:
+        """Nearest codes of `w`, saturated; scale and zero broadcast against w."""
+        ...
+
+    def decode(self, codes: Codes, scale: Floats, zero: Floats | None) -> Floats:
+        """The numbers that the codes stand for, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one weight is stored: format, granularity, symmetric or with zero points, dtype of the scales.
+
+    `str(spec)` is like "uint4-asym-g32-fp16" or "int8-sym-channel-fp32"; `parse_spec` is the inverse.
+    """
+
+    format: Format
+    granularity: Granularity
+    symmetric: bool = True
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise BadOption(f"unknown scale dtype '{self.scale_dtype}'", fix=f"use one of {', '.join(SCALE_DTYPES)}")
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of one code, scales not counted."""
+        return self.format.bits
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        """Exact stored bits of a [rows, columns] matrix: packed codes, scales and packed zero points."""
+        scale_rows, groups = self.granularity.grid(rows, columns)
+        codes = packed_bits(rows * columns, self.bits)
+        scales = scale_rows * groups * SCALE_DTYPES[self.scale_dtype][1]
+        zeros = 0 if self.symmetric else packed_bits(scale_rows * groups, self.bits)
+        return codes + scales + zeros
+
+    def with_bits(self, bits: int) -> QuantSpec:
+        """The same spec with another width."""
+        return replace(self, format=replace(self.format, bits=bits))  # type: ignore[type-var]
+
+    def __str__(self) -> str:
+        kind = "sym" if self.symmetric else "asym"
+        return f"{self.format}-{kind}-{self.granularity}-{SCALE_DTYPES[self.scale_dtype][0]}"
+
+
+@dataclass
+class QTensor:
+    """A quantized matrix.
+
+    Attributes:
+        spec: how it is stored.
+        codes: integers [rows, columns], int8 or uint8 up to 8 bits.
+        scale: float32 [scale rows, groups], already rounded to `spec.scale_dtype`.
+        zero: integer-valued float32 [scale rows, groups], or None if symmetric.
+    """
+
+    spec: QuantSpec
+    codes: npt.NDArray[Any]
+    scale: Floats
+    zero: Floats | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def decode(self) -> Floats:
+        """The matrix that the codes stand for, float32 [rows, columns]."""
+        scale, zero = spread(self.scale, self.spec, self.shape[1]), None
+        if self.zero is not None:
+            zero = spread(self.zero, self.spec, self.shape[1])
+        return self.spec.format.decode(self.codes, scale, zero)
+
+    @property
+    def stored_bits(self) -> int:
+        """Exact stored bits, scales and zero points counted."""
+        return self.spec.stored_bits(*self.shape)
+
+
+def spread(per_group: Floats, spec: QuantSpec, columns: int) -> Floats:
+    """Repeat [scale rows, groups] along the columns: [scale rows, columns], or broadcastable [.., 1]."""
+    if per_group.shape[1] == 1:
+        return per_group
+    return np.repeat(per_group, spec.granularity.group_size(columns), axis=1)[:, :columns]
+
+
+def parse_format(text: str) -> Format:
+    """The inverse of `str(format)`: "int4", "uint3", or any name a registered format claims."""
+    from qcompiler import registry
+
+    head = text.rstrip("0123456789")
+    if head in registry.names("formats") and text != head:
+        return registry.find("formats", head)(int(text[len(head) :]))
+    if text in registry.names("formats"):
+        return registry.find("formats", text)()
+    raise BadOption(f"unknown format '{text}'", fix="write int2 ... int8 or uint2 ... uint8")
+
+
+def parse_spec(text: str) -> QuantSpec:
+    """The inverse of `str(spec)`; short forms are completed: "int4" is "int4-sym-channel-fp16"."""
+    parts = text.split("-")
+    fmt = parse_format(parts[0])
+    symmetric = not parts[0].startswith("uint")
+    granularity: Granularity = parse_granularity("channel")
+    dtype = "float16"
+    short = {name: full for full, (name, _) in SCALE_DTYPES.items()}
+    for part in parts[1:]:
+        if part in ("sym", "asym"):
+            symmetric = part == "sym"
+        elif part in short:
+            dtype = short[part]
+        else:
+            granularity = parse_granularity(part)
+    return QuantSpec(fmt, granularity, symmetric, dtype)

@@ -1,0 +1,72 @@
+"""The plan: which number format every site gets. Data only, with a JSON form.
+
+A site without an entry, or with `weight=None`, keeps its float weight. Activations are one of
+"float" (untouched), "static" (ranges fixed by calibration) or "dynamic" (ranges taken from the data at run
+time, one scale per row, that is per token or per pixel row of the matrix product).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from qcompiler.errors import BadOption
+from qcompiler.formats import QuantSpec, parse_spec
+
+ActivationMode = Literal["float", "static", "dynamic"]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The decision for one site.
+
+    Attributes:
+        weight: how the weight is stored, or None for float.
+        activation: how the input of the operation is quantized; "static" is asymmetric uint8 per tensor,
+            "dynamic" symmetric int8 per row.
+    """
+
+    weight: QuantSpec | None
+    activation: ActivationMode = "float"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object of strings."""
+        return {"weight": None if self.weight is None else str(self.weight), "activation": self.activation}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> SitePlan:
+        """The inverse of `to_json`."""
+        if data["activation"] not in ("float", "static", "dynamic"):
+            raise BadOption(f"unknown activation mode '{data['activation']}'", fix="use float, static or dynamic")
+        return SitePlan(None if data["weight"] is None else parse_spec(data["weight"]), data["activation"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Site name -> SitePlan, with what is known about the plan as a whole.
+
+    Attributes:
+        sites: the decisions.
+        solution: what the solver said: predicted_loss, lower_bound, gap, method, seconds, curve
+            (list of [bits, loss] points); empty for a plan made by hand.
+    """
+
+    sites: Mapping[str, SitePlan] = field(default_factory=dict[str, SitePlan])
+    solution: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def with_sites(self, changes: Mapping[str, SitePlan]) -> Plan:
+        """A copy in which some sites are decided differently."""
+        return replace(self, sites={**self.sites, **changes})
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "sites": {name: plan.to_json() for name, plan in self.sites.items()},
+            "solution": dict(self.solution),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`."""
+        return Plan({k: SitePlan.from_json(v) for k, v in data["sites"].items()}, dict(data["solution"]))

@@ -1,0 +1,60 @@
+"""Where passes, formats, solvers and backends are found by name.
+
+Each registry is a literal dict from name to "module:attribute", imported when used: nothing is registered
+by importing a module, and no import runs upward. Third parties add theirs through the entry-point groups
+`qcompiler.passes`, `qcompiler.formats`, `qcompiler.solvers` and `qcompiler.backends`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from qcompiler.errors import BadOption
+
+PASSES: dict[str, str] = {
+    "smooth": "qcompiler.passes.transform.smooth:Smooth",
+    "scale-fold": "qcompiler.passes.transform.scale_fold:ScaleFold",
+    "equalize": "qcompiler.passes.transform.equalize:Equalize",
+    "allocate": "qcompiler.passes.plan.allocate:Allocate",
+    "uniform": "qcompiler.passes.plan.uniform:Uniform",
+    "nearest": "qcompiler.passes.round.nearest:Nearest",
+    "gptq": "qcompiler.passes.round.gptq:GPTQ",
+    "bias-correction": "qcompiler.passes.round.bias_correction:BiasCorrection",
+    "activation-ranges": "qcompiler.passes.round.activation_ranges:ActivationRanges",
+    "insert-qdq": "qcompiler.passes.lower.insert_qdq:InsertQDQ",
+}
+FORMATS: dict[str, str] = {
+    "int": "qcompiler.formats.integer:Int",
+    "uint": "qcompiler.formats.integer:UInt",
+}
+SOLVERS: dict[str, str] = {
+    "lagrangian": "qcompiler.solvers.knapsack:solve_lagrangian",
+    "ilp": "qcompiler.solvers.ilp:solve_ilp",
+}
+BACKENDS: dict[str, str] = {
+    "onnx": "qcompiler.backends.onnx.backend:OnnxBackend",
+    "cpu": "qcompiler.backends.tvm.backend:CpuBackend",
+}
+
+_BUILT_IN = {"passes": PASSES, "formats": FORMATS, "solvers": SOLVERS, "backends": BACKENDS}
+
+
+@cache
+def names(kind: str) -> dict[str, str]:
+    """All names of one kind ("passes", "formats", "solvers", "backends") with their "module:attribute"."""
+    found = dict(_BUILT_IN[kind])
+    for entry in entry_points(group=f"qcompiler.{kind}"):
+        found.setdefault(entry.name, entry.value)
+    return found
+
+
+def find(kind: str, name: str) -> Any:
+    """Import and return what `name` stands for; BadOption lists the known names if there is none."""
+    known = names(kind)
+    if name not in known:
+        raise BadOption(f"unknown name '{name}'", where=kind, fix=f"choose one of {', '.join(sorted(known))}")
+    module, _, attribute = known[name].partition(":")
+    return getattr(import_module(module), attribute)
