@@ -1,0 +1,75 @@
+"""What a target must offer. The backends themselves live in `qcompiler.backends` and are found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.graph.sites import Site
+from qcompiler.model import Model
+from qcompiler.plan import SitePlan
+from qcompiler.progress import Progress
+
+Feeds = Mapping[str, npt.NDArray[Any]]
+Outputs = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an artifact may be from its QDQ reference: ||y - ref|| <= relative * ||ref|| for every output.
+
+    `reason` says why it is not zero ("dynamic int8 activations in MatMulNBits", "fp32 summation order").
+    """
+
+    relative: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a backend wrote.
+
+    Attributes:
+        files: names relative to the folder.
+        tolerance: against the QDQ reference.
+        facts: JSON-able facts for manifest and report (which nodes fused, kernels, ...).
+    """
+
+    files: Sequence[str]
+    tolerance: Tolerance
+    facts: Mapping[str, Any]
+
+
+class Runnable(Protocol):
+    """A loaded artifact."""
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """All outputs of the model, by name, for one batch of inputs by name."""
+        ...
+
+
+class Backend(Protocol):
+    """A target: frozen data and four verbs."""
+
+    name: str
+
+    def candidates(self, site: Site, bits: Sequence[int]) -> list[SitePlan]:
+        """The plans worth offering the allocator for a site, best kernels first, one or more a width."""
+        ...
+
+    def supports(self, site: Site, plan: SitePlan) -> str | None:
+        """None, or the reason why this target cannot run this plan."""
+        ...
+
+    def compile(self, model: Model, folder: Path, progress: Progress) -> Compiled:
+        """Write the target's files for a lowered model into an existing folder."""
+        ...
+
+    def load(self, folder: Path) -> Runnable:
+        """Load what `compile` wrote."""
+        ...
