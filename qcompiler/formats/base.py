@@ -26,17 +26,23 @@ SCALE_DTYPES: dict[str, tuple[str, int]] = {  # name -> (short name, bits)
     "float16": ("fp16", 16),
     "bfloat16": ("bf16", 16),
 }
+_SCALE_LIMITS = {
+    "float32": (2.0**-126, (2 - 2.0**-23) * 2.0**127),
+    "float16": (2.0**-24, 65504.0),
+    "bfloat16": (2.0**-126, (2 - 2.0**-7) * 2.0**127),
+}
 
 
 def round_scale(scale: npt.NDArray[Any], dtype: str) -> Floats:
-    """Round scales to the dtype in which they are stored, as float32; never to zero, never to infinity."""
-    wide = np.asarray(scale, np.float32)
+    """Round scales to the dtype in which they are stored, as float32; never to zero, never to infinity.
+
+    Subnormal float16 is used: a row of weights below 0.008 has an 8-bit scale below float16's normal range.
+    """
+    wide = np.clip(np.asarray(scale, np.float32), *_SCALE_LIMITS[dtype])
     if dtype == "float32":
         return wide
-    target = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
-    info = ml_dtypes.finfo(target)
-    tiny = float(info.smallest_normal)
-    return np.clip(wide, tiny, float(info.max)).astype(target).astype(np.float32)
+    target: Any = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
+    return wide.astype(target).astype(np.float32)
 
 
 @runtime_checkable
@@ -51,6 +57,11 @@ class Format(Protocol):
     @property
     def onnx_type(self) -> str | None:
         """Name of the ONNX tensor type that holds the codes ("INT4"), or None if ONNX has none."""
+        ...
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
         ...
 
     def fit(self, low: Floats, high: Floats, symmetric: bool) -> tuple[Floats, Floats | None]:
@@ -80,7 +91,8 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if self.scale_dtype not in SCALE_DTYPES:
-            raise BadOption(f"unknown scale dtype '{self.scale_dtype}'", fix=f"use one of {', '.join(SCALE_DTYPES)}")
+            fix = f"use one of {', '.join(SCALE_DTYPES)}"
+            raise BadOption(f"unknown scale dtype '{self.scale_dtype}'", fix=fix)
 
     @property
     def bits(self) -> int:

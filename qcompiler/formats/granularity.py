@@ -15,7 +15,7 @@ from qcompiler.errors import BadOption
 class PerTensor:
     """One scale for the whole matrix."""
 
-    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:  # noqa: ARG002
         """Shape [scale rows, groups] of the scales of a [rows, columns] matrix."""
         return (1, 1)
 
@@ -31,7 +31,7 @@ class PerTensor:
 class PerChannel:
     """One scale a row (output channel)."""
 
-    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:  # noqa: ARG002
         """Shape [rows, 1]."""
         return (rows, 1)
 

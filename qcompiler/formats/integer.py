@@ -10,9 +10,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from qcompiler.errors import BadOption
 from qcompiler.formats.base import Codes, Floats
+
+
+def _step(span: npt.NDArray[np.floating], steps: int) -> Floats:
+    """span / steps as a normal float32; 1 where there is no span."""
+    step = np.where(span > 0, span / steps, 1)
+    return np.maximum(step, np.finfo(np.float32).tiny).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,11 @@ class _Integer:
     def hi(self) -> int:
         """Largest code."""
         return self.lo + (1 << self.bits) - 1
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """(lo, hi)."""
+        return self.lo, self.hi
 
     @property
     def middle(self) -> int:
@@ -58,10 +70,8 @@ class _Integer:
         low = np.minimum(low, 0).astype(np.float32)
         high = np.maximum(high, 0).astype(np.float32)
         if symmetric:
-            reach = np.maximum(-low, high)
-            return np.where(reach > 0, reach / np.float32((1 << (self.bits - 1)) - 1), 1).astype(np.float32), None
-        span = high - low
-        scale = np.where(span > 0, span / np.float32(self.hi - self.lo), 1).astype(np.float32)
+            return _step(np.maximum(-low, high), (1 << (self.bits - 1)) - 1), None
+        scale = _step(high.astype(np.float64) - low, self.hi - self.lo)
         return scale, self.zero_point(low, scale)
 
     def zero_point(self, low: Floats, scale: Floats) -> Floats:

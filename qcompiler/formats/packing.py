@@ -35,7 +35,8 @@ def pack_plane(values: npt.NDArray[Any], width: int) -> Bytes:
     if width == 8:
         return values.astype(np.uint8)
     per_byte = 8 // width
-    padded = np.pad(values.astype(np.uint8), [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % per_byte)])
+    fill = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % per_byte)]
+    padded = np.pad(values.astype(np.uint8), fill)
     split = padded.reshape(*padded.shape[:-1], -1, per_byte)
     shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(width)
     return np.bitwise_or.reduce(split << shifts, axis=-1)

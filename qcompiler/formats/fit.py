@@ -1,0 +1,206 @@
+"""Scales and zero points of a weight matrix: min-max, or the smallest (weighted) squared error.
+
+Clipping a few large weights lets the rest use a finer grid. The search is over the clipped ends; every
+candidate is judged with the scale as it will be stored (`round_scale`), and min-max is always among the
+candidates, so "mse" is never worse than "minmax". A least-squares step, which gives the best scale for given
+codes in closed form, follows the search. Works for every format whose `decode` is linear in the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, spread
+from qcompiler.formats.granularity import PerTensor
+
+Method = Literal["minmax", "mse"]
+_SHRINK = tuple(float(f) for f in np.geomspace(1.0, 0.35, 15)[1:])
+_NUDGE = (0.85, 0.94, 1.06)  # one end at a time, relative to the best joint shrink
+_REFITS = 2
+_CHUNK = 1 << 15  # elements that are searched at a time: a few such temporaries stay in the cache
+
+
+def fit(
+    matrix: Floats,
+    spec: QuantSpec,
+    method: Method = "mse",
+    importance: npt.NDArray[np.floating] | None = None,
+) -> tuple[Floats, Floats | None]:
+    """Scales (and zero points) for quantizing a matrix.
+
+    Args:
+        matrix: float32 [rows, columns].
+        spec: format, granularity, symmetry, dtype of the scales.
+        method: "minmax" covers every weight; "mse" minimises sum(importance * error^2) in each group.
+        importance: non-negative weights of the squared errors, [columns] or [rows, columns].
+
+    Returns:
+        scale float32 [scale rows, groups], already rounded to `spec.scale_dtype`, and zero (integer-valued
+        float32 of the same shape), or None for a symmetric spec.
+
+    Raises:
+        ValueError: the matrix is not two-dimensional or not finite, or importance does not fit it.
+    """
+    if method not in ("minmax", "mse"):
+        raise ValueError(f"unknown method '{method}': use minmax or mse")
+    matrix = _checked(matrix)
+    weights = _checked_importance(importance, matrix)
+    grid = spec.granularity.grid(*matrix.shape)
+    scale, zero = np.ones(grid, np.float32), np.zeros(grid, np.float32)
+    for rows, groups, columns in _tiles(matrix.shape, spec):
+        best = _search(*_blocks(matrix, weights, rows, groups, columns), spec, method)
+        shape = scale[rows, groups].shape
+        scale[rows, groups] = best.scale.reshape(shape)
+        zero[rows, groups] = best.zero.reshape(shape)
+    return scale, None if spec.symmetric else zero
+
+
+def quantize(
+    matrix: Floats,
+    spec: QuantSpec,
+    method: Method = "mse",
+    importance: npt.NDArray[np.floating] | None = None,
+) -> QTensor:
+    """`fit`, then round every weight to its nearest code. Arguments and errors as in `fit`."""
+    scale, zero = fit(matrix, spec, method, importance)
+    return encode(matrix, spec, scale, zero)
+
+
+def encode(matrix: Floats, spec: QuantSpec, scale: Floats, zero: Floats | None) -> QTensor:
+    """Round a matrix [rows, columns] to the nearest codes of given scales and zeros [scale rows, groups]."""
+    matrix = np.asarray(matrix, np.float32)
+    wide = None if zero is None else spread(zero, spec, matrix.shape[1])
+    codes = spec.format.encode(matrix, spread(scale, spec, matrix.shape[1]), wide)
+    return QTensor(spec, codes, scale, zero)
+
+
+def _checked(matrix: Floats) -> Floats:
+    matrix = np.ascontiguousarray(matrix, np.float32)
+    if matrix.ndim != 2:
+        raise ValueError(f"a matrix [rows, columns] is needed, not shape {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise ValueError("the matrix holds NaN or infinity")
+    return matrix
+
+
+def _checked_importance(importance: npt.NDArray[np.floating] | None, matrix: Floats) -> Floats | None:
+    if importance is None:
+        return None
+    weights = np.asarray(importance, np.float32)
+    if weights.shape not in (matrix.shape, matrix.shape[1:]):
+        raise ValueError(f"importance of shape {weights.shape} does not fit a matrix of shape {matrix.shape}")
+    if not np.isfinite(weights).all() or (weights.size and weights.min() < 0):
+        raise ValueError("importance must be finite and not negative")
+    return weights
+
+
+def _tiles(shape: tuple[int, ...], spec: QuantSpec) -> Iterator[tuple[slice, slice, slice]]:
+    """(rows, groups, columns) of parts that hold whole groups, all of one width."""
+    rows, columns = shape
+    if isinstance(spec.granularity, PerTensor):
+        yield slice(None), slice(0, 1), slice(None)
+        return
+    size = max(1, spec.granularity.group_size(columns))
+    full = columns // size
+    step = max(1, _CHUNK // max(columns, 1))
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        if full:
+            yield part, slice(0, full), slice(0, full * size)
+        if full * size < columns:
+            yield part, slice(full, full + 1), slice(full * size, columns)
+
+
+def _blocks(
+    matrix: Floats, weights: Floats | None, rows: slice, groups: slice, columns: slice
+) -> tuple[Floats, Floats | None]:
+    """A tile as [groups, width], with its importance."""
+    part = matrix[rows, columns]
+    count = groups.stop - groups.start
+    if rows != slice(None):
+        count *= part.shape[0]
+    shape = (count, part.size // max(count, 1))
+    if weights is None:
+        return part.reshape(shape), None
+    return part.reshape(shape), np.broadcast_to(weights, matrix.shape)[rows, columns].reshape(shape)
+
+
+class _Best:
+    """The best scale and zero of each group so far: block [groups, width], scale and zero [groups, 1]."""
+
+    def __init__(self, block: Floats, weight: Floats | None, spec: QuantSpec) -> None:
+        self.block, self.spec, self.weight = block, spec, weight
+        self.low = block.min(1, keepdims=True, initial=0.0)
+        self.high = block.max(1, keepdims=True, initial=0.0)
+        scale, zero = spec.format.fit(self.low, self.high, spec.symmetric)
+        self.scale: Floats = round_scale(scale, spec.scale_dtype)
+        self.zero: Floats = np.zeros_like(self.scale) if zero is None else zero  # not used if symmetric
+        self.error: Floats | None = None
+        self.ends = np.ones((2, *self.scale.shape), np.float32)  # factors of low and high
+
+    def _judge(self, scale: Floats, zero: Floats) -> Floats:
+        fmt, offset = self.spec.format, None if self.spec.symmetric else zero
+        error = fmt.decode(fmt.encode(self.block, scale, offset), scale, offset) - self.block
+        weighted = error if self.weight is None else error * self.weight
+        return np.einsum("ij,ij->i", error, weighted)[:, None]
+
+    def offer(self, scale: Floats, zero: Floats, ends: Floats | None = None) -> None:
+        """Take a candidate wherever it is better than what is there."""
+        if self.error is None:
+            self.error = self._judge(self.scale, self.zero)
+        scale = round_scale(scale, self.spec.scale_dtype)
+        error = self._judge(scale, zero)
+        better = error < self.error
+        self.scale, self.error = np.where(better, scale, self.scale), np.where(better, error, self.error)
+        self.zero = np.where(better, zero, self.zero)
+        if ends is not None:
+            self.ends = np.where(better, ends, self.ends)
+
+    def offer_ends(self, ends: Floats) -> None:
+        """Try the grid over [low * ends[0], high * ends[1]]."""
+        scale, zero = self.spec.format.fit(self.low * ends[0], self.high * ends[1], self.spec.symmetric)
+        self.offer(scale, self.zero if zero is None else zero, ends)
+
+    def offer_refit(self) -> None:
+        """Try the least-squares scale for the present codes."""
+        fmt, offset = self.spec.format, None if self.spec.symmetric else self.zero
+        units = fmt.decode(fmt.encode(self.block, self.scale, offset), np.ones_like(self.scale), offset)
+        weighted = units if self.weight is None else units * self.weight
+        power = np.einsum("ij,ij->i", weighted, units)[:, None]
+        product = np.einsum("ij,ij->i", weighted, self.block)[:, None]
+        usable = (power > 0) & (product > 0)
+        self.offer(np.where(usable, product / np.where(usable, power, 1), self.scale), self.zero)
+
+
+def _search(block: Floats, weight: Floats | None, spec: QuantSpec, method: Method) -> _Best:
+    best = _Best(block, weight, spec)
+    if method == "minmax":
+        return best
+    half = 1 << (spec.bits - 1)
+    # (half - 1) / half: the largest weight on the most negative code, which symmetric min-max never uses
+    for factor in (*_SHRINK, (half - 1) / half):
+        best.offer_ends(np.full_like(best.ends, factor))
+    if not spec.symmetric:
+        for end in (0, 1, 0, 1):
+            centre = best.ends.copy()
+            for nudge in _NUDGE:
+                ends = centre.copy()
+                ends[end] = np.minimum(ends[end] * np.float32(nudge), 1)
+                best.offer_ends(ends)
+    for _ in range(_REFITS):
+        best.offer_refit()
+        if not spec.symmetric:
+            _shift_zero(best)
+    return best
+
+
+def _shift_zero(best: _Best) -> None:
+    """Try the neighbouring zero points at the present scale."""
+    lowest, highest = best.spec.format.code_range
+    centre, scale = best.zero.copy(), best.scale.copy()
+    for step in (-1, 1):
+        best.offer(scale, np.clip(centre + np.float32(step), lowest, highest).astype(np.float32))
