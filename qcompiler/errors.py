@@ -6,6 +6,8 @@ leaves with exit code 2; anything that is not a `QcompilerError` is a bug of our
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class QcompilerError(Exception):
     """What is wrong, where it is wrong, and what the user can do about it.
@@ -63,3 +65,11 @@ class ContractViolated(QcompilerError):
 
 class VerificationFailed(QcompilerError):
     """The artifact does not compute what its QDQ reference computes."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that was not done, where, and why. Not an error: the rest of the work goes on."""
+
+    where: str
+    reason: str

@@ -16,20 +16,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from qcompiler import registry
-from qcompiler.errors import BadOption
+from qcompiler.errors import BadOption, Refusal
 from qcompiler.model import Model
 from qcompiler.progress import Progress, Silent
 
 EXACT: Literal["exact"] = "exact"
 LOSSY: Literal["lossy"] = "lossy"
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Something a pass did not do, and why."""
-
-    where: str
-    reason: str
+__all__ = ["EXACT", "LOSSY", "Pass", "PassReport", "Pipeline", "Refusal"]
 
 
 @dataclass(frozen=True)

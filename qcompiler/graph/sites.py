@@ -6,12 +6,17 @@ are output channels, columns what the product sums over. `Site.to_matrix` and `S
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+
+from qcompiler.errors import Refusal
 
 Array = npt.NDArray[Any]
 
@@ -50,6 +55,12 @@ class Site:
     groups: int = 1
 
     @property
+    def activations(self) -> tuple[ir.Value, ...]:
+        """The data inputs of all users but Gathers, each once: a Gram matrix sums over all of them."""
+        inputs = (user.inputs[0] for user in self.users if user.op_type != "Gather")
+        return tuple(dict.fromkeys(v for v in inputs if v is not None))
+
+    @property
     def count(self) -> int:
         """Number of weights."""
         return self.rows * self.columns
@@ -70,10 +81,207 @@ class Site:
             return np.ascontiguousarray(np.swapaxes(matrix.reshape(*batch, n, k), -1, -2))
         if self.layout == "conv-transpose":
             g, (i, o), kernel = self.groups, self.shape[:2], self.shape[2:]
-            return np.ascontiguousarray(np.swapaxes(matrix.reshape(g, o, i // g, *kernel), 1, 2)).reshape(self.shape)
+            split = matrix.reshape(g, o, i // g, *kernel)
+            return np.ascontiguousarray(np.swapaxes(split, 1, 2)).reshape(self.shape)
         return matrix.reshape(self.shape)
 
     def matrix(self) -> npt.NDArray[np.float32]:
         """The weight as float32 [rows, columns], read from its initializer."""
         assert self.weight.const_value is not None
         return np.asarray(self.to_matrix(self.weight.const_value.numpy()), np.float32)
+
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+def find_sites(model: ir.Model) -> list[Site]:
+    """Every site of the main graph, in topological order of the first user.
+
+    Args:
+        model: a float model whose nodes are sorted, its weights initializers of the main graph.
+    """
+    return [found for found in _examine(model.graph) if isinstance(found, Site)]
+
+
+def skipped_weights(model: ir.Model) -> list[Refusal]:
+    """The weights of MatMul, Gemm, Conv, ConvTranspose and Gather that are no sites, each with the reason."""
+    return [found for found in _examine(model.graph) if isinstance(found, Refusal)]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of an initializer: `node.inputs[index]`, seen through Identity, Cast and 2-D Transpose."""
+
+    node: ir.Node
+    index: int
+    transposed: bool
+
+
+def weight_uses(value: ir.Value, transposed: bool = False) -> Iterator[Use]:
+    """All uses of a constant, following Identity, float Cast and the plain Transpose of a matrix."""
+    for node, index in value.uses():
+        flip = _is_matrix_transpose(node, value)
+        passes = node.domain == "" and (node.op_type in ("Identity", "Cast") or flip)
+        if passes and _is_float(node.outputs[0]):
+            yield from weight_uses(node.outputs[0], transposed ^ flip)
+            if not node.outputs[0].is_graph_output():
+                continue
+        yield Use(node, index, transposed)
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is None or value.dtype in FLOATS
+
+
+def _is_matrix_transpose(node: ir.Node, value: ir.Value) -> bool:
+    if node.op_type != "Transpose" or value.shape is None or len(value.shape) != 2:
+        return False
+    perm = node.attributes.get("perm")
+    return perm is None or list(perm.as_ints()) == [1, 0]
+
+
+def _examine(graph: ir.Graph) -> list[Site | Refusal]:
+    order = {node: position for position, node in enumerate(graph)}
+    found: list[tuple[int, int, _Candidate | Refusal]] = []
+    for number, value in enumerate(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype not in FLOATS or len(tensor.shape) < 2 or tensor.size < 2:
+            continue
+        candidate = _classify(value, order)
+        if candidate is not None:
+            first = order[candidate.users[0]] if isinstance(candidate, _Candidate) else -1
+            found.append((first, number, candidate))
+    found.sort(key=lambda item: item[:2])
+    names: dict[str, int] = {}
+    return [c if isinstance(c, Refusal) else _to_site(c, names) for _, _, c in found]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How one operation sees the tensor as a matrix; all uses of a weight must agree."""
+
+    layout: str
+    groups: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    weight: ir.Value
+    users: tuple[ir.Node, ...]
+    form: _Form
+
+
+def _classify(value: ir.Value, order: dict[ir.Node, int]) -> _Candidate | Refusal | None:
+    """A site, the reason why a weight is none, or None for constants that are no weights at all."""
+    name = value.name or "?"
+    forms: set[_Form] = set()
+    users: list[ir.Node] = []
+    reasons: list[str] = []
+    for use in weight_uses(value):
+        in_subgraph = f"it is also used in a subgraph, by {_label(use.node)}"
+        form = _form(use, value) if use.node in order else in_subgraph
+        if isinstance(form, _Form):
+            forms.add(form)
+            users.append(use.node)
+        else:
+            reasons.append(form)
+    weighty = bool(users) or any(_takes_weight(use) for use in weight_uses(value))
+    if not weighty:
+        return None
+    if value.is_graph_output():
+        reasons.append("it is also an output of the graph")
+    if len(forms) > 1:
+        reasons.append("its users see it as different matrices")
+    if reasons:
+        return Refusal(name, reasons[0])
+    return _Candidate(value, tuple(sorted(dict.fromkeys(users), key=order.__getitem__)), forms.pop())
+
+
+_WEIGHT_INPUT = {"MatMul": (0, 1), "Gemm": (0, 1), "Conv": (1,), "ConvTranspose": (1,), "Gather": (0,)}
+
+
+def _takes_weight(use: Use) -> bool:
+    return use.node.domain == "" and use.index in _WEIGHT_INPUT.get(use.node.op_type, ())
+
+
+def _form(use: Use, value: ir.Value) -> _Form | str:
+    """How `use` sees the weight, or the reason why it cannot be a site's weight."""
+    node, rank = use.node, len(value.shape or ())
+    if not _takes_weight(use):
+        return f"it is also used by {_label(node)}"
+    if node.op_type in ("MatMul", "Gemm"):
+        return _product_form(use)
+    if node.op_type == "Gather":
+        if _int(node, "axis", 0) != 0 or use.transposed:
+            return f"{_label(node)} does not gather along axis 0"
+        return _Form("rows-first")
+    if use.transposed or rank < 3:
+        return f"{_label(node)} reads a weight that is not stored as a convolution kernel"
+    return _Form("conv" if node.op_type == "Conv" else "conv-transpose", _int(node, "group", 1))
+
+
+def _product_form(use: Use) -> _Form | str:
+    node = use.node
+    if use.index == 0:
+        return f"it is the left operand of {_label(node)}"
+    if node.op_type == "Gemm" and _int(node, "transA", 0):
+        return f"{_label(node)} transposes its data"
+    flipped = use.transposed ^ bool(node.op_type == "Gemm" and _int(node, "transB", 0))
+    return _Form("rows-first" if flipped else "columns-first")
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def _label(node: ir.Node) -> str:
+    return f"{node.op_type} '{node.name or node.outputs[0].name}'"
+
+
+def _to_site(candidate: _Candidate, names: dict[str, int]) -> Site:
+    node, form, weight = candidate.users[0], candidate.form, candidate.weight
+    assert weight.const_value is not None
+    shape = tuple(int(d) for d in weight.const_value.shape)  # type: ignore[arg-type]
+    if form.layout == "columns-first":
+        rows, columns = prod(shape[:-2]) * shape[-1], shape[-2]
+    elif form.layout == "conv-transpose":
+        rows, columns = form.groups * shape[1], shape[0] // form.groups * prod(shape[2:])
+    else:
+        rows, columns = shape[0], prod(shape[1:])
+    base = _base_name(weight, node)
+    names[base] = names.get(base, 0) + 1
+    name = base if names[base] == 1 else f"{base}#{names[base]}"
+    activation = None if node.op_type == "Gather" else node.inputs[0]
+    return Site(
+        name,
+        node.op_type,
+        node,
+        candidate.users,
+        weight,
+        activation,
+        shape,
+        rows,
+        columns,
+        form.layout,
+        form.groups,
+    )
+
+
+def _base_name(weight: ir.Value, node: ir.Node) -> str:
+    """The module path ("layers.0.fc1") from weight name or exporter scopes, else the name of the node."""
+    name = weight.name or ""
+    for ending in (".weight", "/weight", "/kernel"):
+        if name.endswith(ending):
+            return name.removesuffix(ending)
+    return _module_path(node) or node.name or name
+
+
+def _module_path(node: ir.Node) -> str:
+    """What torch.onnx writes: "['', 'layers.0', 'layers.0.fc1', 'linear']"; empty if there is none."""
+    try:
+        scopes = cast(object, ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")))
+    except (ValueError, SyntaxError):
+        return ""
+    path = cast(list[object], scopes)[-2:-1] if isinstance(scopes, list) else []
+    return str(path[0]) if path else ""
