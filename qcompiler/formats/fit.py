@@ -52,7 +52,8 @@ def fit(
     grid = spec.granularity.grid(*matrix.shape)
     scale, zero = np.ones(grid, np.float32), np.zeros(grid, np.float32)
     for rows, groups, columns in _tiles(matrix.shape, spec):
-        best = _search(*_blocks(matrix, weights, rows, groups, columns), spec, method)
+        with np.errstate(over="ignore"):  # the squared error of weights beyond 1e19; infinity compares rightly
+            best = _search(*_blocks(matrix, weights, rows, groups, columns), spec, method)
         shape = scale[rows, groups].shape
         scale[rows, groups] = best.scale.reshape(shape)
         zero[rows, groups] = best.zero.reshape(shape)

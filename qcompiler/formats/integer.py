@@ -17,7 +17,7 @@ from qcompiler.formats.base import Codes, Floats
 
 
 def _step(span: npt.NDArray[np.floating], steps: int) -> Floats:
-    """span / steps as a normal float32; 1 where there is no span."""
+    """One step of a grid: span / steps as a normal float32; 1 where there is no span."""
     step = np.where(span > 0, span / steps, 1)
     return np.maximum(step, np.finfo(np.float32).tiny).astype(np.float32)
 
