@@ -1,0 +1,95 @@
+"""Adding a correction to the bias of an operation, making one where there is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.errors import PassRefused
+from qcompiler.graph.sites import Site
+
+Floats = npt.NDArray[np.float32]
+
+
+def add_to_bias(graph: ir.Graph, site: Site, shift: Floats) -> None:
+    """Add `shift` (float32 [rows]) to the output of every product or convolution that uses the site's weight.
+
+    Raises:
+        PassRefused: if nothing but Gather uses it.
+    """
+    users = [node for node in site.users if node.op_type != "Gather"]
+    if not users:
+        raise PassRefused("a table that is only gathered from has no bias to correct", where=site.name)
+    for node in users:
+        done = _into_following_add(graph, node, shift) if node.op_type == "MatMul" else _into_input(graph, node, shift)
+        if not done:
+            _append_add(graph, node, _shaped(site, node, shift))
+
+
+def _into_input(graph: ir.Graph, node: ir.Node, shift: Floats) -> bool:
+    """Correct or make the third input of Gemm, Conv or ConvTranspose; False if it is computed at run time."""
+    beta = node.attributes.get("beta")
+    factor = 1.0 if beta is None else beta.as_float()
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if factor == 0 or (bias is not None and ir.convenience.get_const_tensor(bias) is None):
+        return False
+    old = np.float32(0) if bias is None else _numpy(bias)
+    node.resize_inputs(3)
+    _set_constant(graph, node, 2, old + shift / np.float32(factor))
+    return True
+
+
+def _into_following_add(graph: ir.Graph, node: ir.Node, shift: Floats) -> bool:
+    """Correct the bias in the Add that alone reads a MatMul, if there is one of the right shape."""
+    uses = tuple(node.outputs[0].uses())
+    if len(uses) != 1 or node.outputs[0].is_graph_output():
+        return False
+    follower, index = uses[0][0], 1 - uses[0][1]
+    if follower.op_type != "Add" or follower.domain or follower.inputs[index] is None:
+        return False
+    bias = follower.inputs[index]
+    constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
+    if constant is None or constant.size != shift.size or constant.shape[-1] != shift.size:
+        return False
+    _set_constant(graph, follower, index, constant.numpy() + shift)
+    return True
+
+
+def _append_add(graph: ir.Graph, node: ir.Node, shift: Floats) -> None:
+    """Put an Add behind the node; its result takes over the name, for graph outputs and calibrated ranges."""
+    old = node.outputs[0]
+    name, old.name = old.name, f"{old.name}_uncorrected"
+    new = ir.val(name, dtype=old.dtype, shape=old.shape)
+    add = ir.node("Add", [None, None], name=f"{name}_bias", outputs=[new])
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    add.replace_input_with(0, old)
+    graph.insert_after(node, add)
+    _set_constant(graph, add, 1, shift)
+
+
+def _shaped(site: Site, node: ir.Node, shift: Floats) -> Floats:
+    """The shift in a form that broadcasts against the operation's output."""
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return shift.reshape(-1, *[1] * (len(site.shape) - 2))
+    if node.op_type == "MatMul" and len(site.shape) > 2:
+        return shift.reshape(*site.shape[:-2], 1, site.shape[-1])
+    return shift
+
+
+def _numpy(value: ir.Value) -> npt.NDArray[np.float32]:
+    tensor = ir.convenience.get_const_tensor(value)
+    assert tensor is not None
+    return np.asarray(tensor.numpy(), np.float32)
+
+
+def _set_constant(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[np.float32]) -> None:
+    """A new initializer as an input: the old one may be shared with other operations."""
+    old, data = node.inputs[index], node.inputs[0] or node.outputs[0]
+    dtype = (old.dtype if old is not None else data.dtype) or ir.DataType.FLOAT
+    name = f"{node.name or node.outputs[0].name}_bias_corrected"
+    value = ir.val(name, const_value=ir.tensor(array.astype(dtype.numpy()), name=name))
+    graph.register_initializer(value)
+    node.replace_input_with(index, value)
+    if old is not None and old.name in graph.initializers and not old.uses() and not old.is_graph_output():
+        del graph.initializers[old.name]

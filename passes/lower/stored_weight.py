@@ -1,0 +1,209 @@
+"""One quantized matrix as ONNX initializers and the nodes that decode it (docs/architecture.md, the QDQ contract).
+
+`qcompiler.graph.functions.read_weight` is the inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.errors import PassRefused
+from qcompiler.formats import Int, PerChannel, PerTensor, QTensor, UInt
+from qcompiler.formats.packing import pack
+from qcompiler.graph import functions
+from qcompiler.graph.sites import Site
+
+_STORAGE = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass
+class StoredWeight:
+    """Initializers and nodes (in order) that make up a weight; `value` replaces the float initializer."""
+
+    site: Site
+    opset: int
+    initializers: list[ir.Value] = field(default_factory=list[ir.Value])
+    nodes: list[ir.Node] = field(default_factory=list[ir.Node])
+    functions: list[ir.Function] = field(default_factory=list[ir.Function])
+
+    @property
+    def value(self) -> ir.Value:
+        """The decoded weight."""
+        return self.nodes[-1].outputs[0]
+
+    @property
+    def needs_int2(self) -> bool:
+        """Whether a tensor of 2-bit integers is among the initializers: they came with IR version 13."""
+        types = {value.const_value.dtype for value in self.initializers if value.const_value is not None}
+        return bool(types & {ir.DataType.INT2, ir.DataType.UINT2})
+
+    def constant(self, array: npt.NDArray[Any], suffix: str, dtype: ir.DataType | None = None) -> ir.Value:
+        """A new initializer."""
+        name = f"{self.site.weight.name}_{suffix}"
+        value = ir.val(name, const_value=ir.tensor(array, dtype=dtype, name=name))
+        self.initializers.append(value)
+        return value
+
+    def apply(
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        suffix: str,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        attributes: dict[str, Any] | None = None,
+    ) -> ir.Value:
+        """A new node with one output of known type and shape."""
+        name = f"{self.site.weight.name}_{suffix}"
+        output = ir.val(name, dtype=dtype, shape=shape)
+        domain = functions.DOMAIN if op.startswith("Unpack") else ""
+        self.nodes.append(ir.node(op, inputs, attributes, domain=domain, name=f"{name}_node", outputs=[output]))
+        return output
+
+    def integers(self, array: npt.NDArray[Any], fmt: Int | UInt, suffix: str) -> ir.Value:
+        """Codes or zero points: an initializer of ONNX's own type, or packed planes and their Unpack."""
+        if functions.has_tensor_type(fmt.bits, self.opset):
+            return self.constant(array.astype(fmt.dtype), suffix, ir.DataType[str(fmt).upper()])
+        planes = pack((array.astype(np.int16) - fmt.lo).reshape(-1), fmt.bits)
+        inputs = [self.constant(plane, f"{suffix}_{i}") for i, plane in enumerate(planes)]
+        self.functions.append(functions.unpack_function(fmt.bits, fmt.signed, self.opset))
+        kind = ir.DataType.INT8 if fmt.signed else ir.DataType.UINT8
+        shape = array.shape or (1,)
+        codes = self.apply(
+            functions.unpack_name(fmt.bits, fmt.signed), inputs, suffix, kind, shape, {"shape": list(shape)}
+        )
+        return codes if array.shape else self.apply("Squeeze", [codes], f"{suffix}_scalar", kind, ())
+
+
+def store(site: Site, tensor: QTensor, opset: int) -> StoredWeight:
+    """Initializers and nodes for a rounded site.
+
+    Raises:
+        PassRefused: for a width that no ONNX type and no Unpack function holds.
+    """
+    tensor = _as_lowered(site, tensor)
+    out, spec = StoredWeight(site, opset), tensor.spec
+    as_matrix = _needs_matrix(site, tensor)
+    arrange = _Arrangement(site, as_matrix)
+    codes = out.integers(arrange.codes(tensor.codes), spec.format, "codes")  # type: ignore[arg-type]
+    scale = out.constant(
+        arrange.per_group(tensor, tensor.scale).astype(_STORAGE.get(spec.scale_dtype, np.float32)), "scale"
+    )
+    inputs = [codes, _widened(out, scale)]
+    if tensor.zero is not None:
+        inputs.append(out.integers(arrange.per_group(tensor, tensor.zero), spec.format, "zero"))  # type: ignore[arg-type]
+    shape = tensor.shape if as_matrix else site.shape
+    value = out.apply("DequantizeLinear", inputs, "dequantized", ir.DataType.FLOAT, shape, arrange.attributes(tensor))
+    dequantize = out.nodes[-1]
+    if as_matrix:
+        value = _reshaped(out, value)
+    dtype = site.weight.dtype or ir.DataType.FLOAT
+    if dtype != ir.DataType.FLOAT:
+        value = out.apply("Cast", [value], "cast", dtype, site.shape, {"to": dtype.value})
+    after = out.nodes[out.nodes.index(dequantize) + 1 :]
+    facts = {
+        functions.SITE: site.name,
+        functions.LAYOUT: site.layout,
+        functions.SPEC: str(spec),
+        functions.GROUPS: str(site.groups),
+        functions.TAIL: str(sum(node.op_type != "Constant" for node in after)),
+    }
+    dequantize.metadata_props.update(facts)
+    return out
+
+
+def _as_lowered(site: Site, tensor: QTensor) -> QTensor:
+    """The same numbers in the form that the graph holds: a symmetric UInt as Int, one group a row as per channel."""
+    spec, fmt = tensor.spec, tensor.spec.format
+    if not isinstance(fmt, Int | UInt) or fmt.bits not in (2, 3, 4, 5, 6, 7, 8, 16):
+        raise PassRefused(f"no ONNX form for weights of format {fmt}", site.name, "use int2 to int8 or uint2 to uint8")
+    if isinstance(fmt, UInt) and tensor.zero is None:
+        signed = Int(fmt.bits)
+        codes = (tensor.codes.astype(np.int32) - fmt.middle).astype(signed.dtype)
+        spec, tensor = replace(spec, format=signed), replace(tensor, codes=codes)
+    if not isinstance(spec.granularity, PerTensor | PerChannel) and tensor.scale.shape == (tensor.shape[0], 1):
+        spec = replace(spec, granularity=PerChannel())
+    return replace(tensor, spec=spec)
+
+
+def _needs_matrix(site: Site, tensor: QTensor) -> bool:
+    """Whether DequantizeLinear cannot express the scales in the tensor's own layout."""
+    if site.layout == "conv-transpose" and site.groups > 1:
+        return True
+    if tensor.scale.shape[1] == 1:
+        return False
+    return site.layout in ("conv", "conv-transpose") or (site.layout == "rows-first" and len(site.shape) != 2)
+
+
+@dataclass(frozen=True)
+class _Arrangement:
+    """How [rows, columns] becomes the stored tensor."""
+
+    site: Site
+    as_matrix: bool
+
+    @property
+    def batched(self) -> bool:
+        return self.site.layout == "columns-first" and len(self.site.shape) > 2
+
+    def codes(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return matrix if self.as_matrix else self.site.from_matrix(matrix)
+
+    def per_group(self, tensor: QTensor, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Scales or zero points: scalar, [channels], or blocked with the rank of the stored codes."""
+        if isinstance(tensor.spec.granularity, PerTensor):
+            return values.reshape(())
+        if values.shape[1] == 1 and not self.batched:
+            return values.reshape(-1)
+        if self.site.layout != "columns-first":
+            return values
+        *batch, _, n = self.site.shape
+        return np.ascontiguousarray(np.swapaxes(values.reshape(*batch, n, -1), -1, -2))
+
+    def attributes(self, tensor: QTensor) -> dict[str, int]:
+        """Axis and block_size of DequantizeLinear."""
+        if isinstance(tensor.spec.granularity, PerTensor):
+            return {}
+        blocked = tensor.scale.shape[1] > 1 or self.batched
+        if self.site.layout == "columns-first":
+            last = len(self.site.shape) - 1
+            axis = last - 1 if blocked else last
+        elif self.site.layout == "conv-transpose" and not self.as_matrix:
+            axis = 1
+        else:
+            axis = 1 if blocked else 0
+        size = tensor.spec.granularity.group_size(tensor.shape[1])
+        return {"axis": axis, "block_size": size} if blocked else {"axis": axis}
+
+
+def _widened(out: StoredWeight, scale: ir.Value) -> ir.Value:
+    """Scales as float32, which is what DequantizeLinear then yields."""
+    assert scale.const_value is not None
+    if scale.const_value.dtype == ir.DataType.FLOAT:
+        return scale
+    shape = tuple(int(d) for d in scale.const_value.shape)
+    return out.apply("Cast", [scale], "scale_fp32", ir.DataType.FLOAT, shape, {"to": ir.DataType.FLOAT.value})
+
+
+def _reshaped(out: StoredWeight, value: ir.Value) -> ir.Value:
+    """[rows, columns] -> the weight's own shape; a grouped ConvTranspose keeps its channels group by group."""
+    site = out.site
+    if site.layout != "conv-transpose":
+        return _reshape(out, value, site.shape, "shaped")
+    g, (i, o), kernel = site.groups, site.shape[:2], site.shape[2:]
+    split = _reshape(out, value, (g, o, i // g, *kernel), "split")
+    order = [0, 2, 1, *range(3, 3 + len(kernel))]
+    turned = out.apply("Transpose", [split], "turned", ir.DataType.FLOAT, (g, i // g, o, *kernel), {"perm": order})
+    return _reshape(out, turned, site.shape, "shaped")
+
+
+def _reshape(out: StoredWeight, value: ir.Value, shape: tuple[int, ...], suffix: str) -> ir.Value:
+    # A Constant node rather than an initializer: initializers are the stored bytes of the weight, and nothing else.
+    dims = out.apply("Constant", [], f"{suffix}_dims", ir.DataType.INT64, (len(shape),), {"value_ints": list(shape)})
+    return out.apply("Reshape", [value, dims], suffix, ir.DataType.FLOAT, shape)

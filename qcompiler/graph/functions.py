@@ -1,0 +1,294 @@
+"""Model-local functions of domain "qcompiler", and the recognisers of what InsertQDQ wrote.
+
+ONNX has no tensor types of 3, 5, 6 and 7 bits (and of 2 bits only from opset 25 on), and no operation that
+quantizes every row with a scale of its own. Both are functions whose body is standard operations: any
+runtime runs them by inlining, our backends recognise them and put a kernel there.
+
+`read_weight` and `read_activation` are the only places where the pattern of the QDQ contract
+(docs/architecture.md) is taken apart again; the writer is `qcompiler.passes.lower`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from qcompiler.errors import BadModel
+from qcompiler.formats import PerTensor, QTensor, QuantSpec, parse_spec
+from qcompiler.formats.packing import plane_widths, unpack
+
+DOMAIN = "qcompiler"
+QUANTIZE_ROWS = "QuantizeRows"
+# Keys of `metadata_props` on the DequantizeLinear of a weight.
+SITE, LAYOUT, SPEC, GROUPS = "qcompiler.site", "qcompiler.layout", "qcompiler.spec", "qcompiler.groups"
+TAIL = "qcompiler.tail"  # how many nodes bring the decoded numbers into the weight's shape and type
+
+Floats = npt.NDArray[np.float32]
+
+_ROWS_BODY = """
+  magnitude = Abs (x)
+  last = Constant <value_ints: ints = [-1]> ()
+  reach = ReduceMax <keepdims = 1> (magnitude, last)
+  limit = Constant <value_float: float = 127.0> ()
+  step = Div (reach, limit)
+  nothing = Constant <value_float: float = 0.0> ()
+  one = Constant <value_float: float = 1.0> ()
+  empty = Equal (step, nothing)
+  scale = Where (empty, one, step)
+  ratio = Div (x, scale)
+  nearest = Round (ratio)
+  lowest = Constant <value_float: float = -127.0> ()
+  code = Clip (nearest, lowest, limit)
+  y = Mul (code, scale)
+"""
+
+
+def has_tensor_type(bits: int, opset: int) -> bool:
+    """Whether ONNX itself holds integers of this width at this opset."""
+    return bits in (4, 8, 16) or (bits == 2 and opset >= 25)
+
+
+def unpack_function(bits: int, signed: bool, opset: int) -> ir.Function:
+    """`Unpack<b>` or `UnpackSigned<b>`: planes of packed uint8 (formats/packing.py) -> codes.
+
+    One input a plane, widest first; the attribute `shape` is the shape of the result, uint8 codes or, for
+    the signed form, int8 codes (stored with an offset of 2^(b-1)).
+    """
+    planes = plane_widths(bits)
+    lines = [
+        "  dims = Constant <value_ints: ints = @shape> ()",
+        "  count = ReduceProd <keepdims = 1> (dims)",
+        "  start = Constant <value_ints: ints = [0]> ()",
+        "  flat = Constant <value_ints: ints = [-1]> ()",
+    ]
+    shift = 0
+    for i, width in enumerate(planes):
+        steps = ", ".join(str(s) for s in range(0, 8, width))
+        lines += [
+            f"  steps{i} = Constant <value = uint8[{8 // width}] {{{steps}}}> ()",
+            f"  mask{i} = Constant <value = uint8[1] {{{(1 << width) - 1}}}> ()",
+            f"  bytes{i} = Unsqueeze (plane{i}, flat)",
+            f'  moved{i} = BitShift <direction = "RIGHT"> (bytes{i}, steps{i})',
+            f"  field{i} = BitwiseAnd (moved{i}, mask{i})",
+            f"  line{i} = Reshape (field{i}, flat)",
+            f"  part{i} = Slice (line{i}, start, count)",
+        ]
+        if i:
+            lines += [
+                f"  up{i} = Constant <value = uint8[1] {{{shift}}}> ()",
+                f'  high{i} = BitShift <direction = "LEFT"> (part{i}, up{i})',
+                f"  all{i} = BitwiseOr ({f'all{i - 1}' if i > 1 else 'part0'}, high{i})",
+            ]
+        shift += width
+    whole = f"all{len(planes) - 1}" if len(planes) > 1 else "part0"
+    lines.append(f"  {'raw' if signed else 'codes'} = Reshape ({whole}, dims)")
+    if signed:
+        lines += [
+            f"  wide = Cast <to = {ir.DataType.INT8.value}> (raw)",
+            f"  middle = Constant <value = int8[1] {{{1 << (bits - 1)}}}> ()",
+            "  codes = Sub (wide, middle)",
+        ]
+    inputs = ", ".join(f"plane{i}" for i in range(len(planes)))
+    return _parse(f"{unpack_name(bits, signed)} <shape> ({inputs}) => (codes)", "\n".join(lines), opset)
+
+
+def unpack_name(bits: int, signed: bool) -> str:
+    """The name of the function that unpacks codes of this kind."""
+    return f"Unpack{'Signed' if signed else ''}{bits}"
+
+
+def quantize_rows_function(opset: int) -> ir.Function:
+    """`QuantizeRows(x) -> y`: float32 [..., K], rounded to int8 with one scale a row.
+
+    scale = max|x| over the last axis / 127 (1 where that is zero); y = clip(rint(x / scale), -127, 127) * scale.
+    """
+    return _parse(f"{QUANTIZE_ROWS} (x) => (y)", _ROWS_BODY, opset)
+
+
+def add_function(model: ir.Model, function: ir.Function) -> None:
+    """Put a function into the model once, and import its domain."""
+    model.functions.setdefault(function.identifier(), function)
+    model.graph.opset_imports.setdefault(DOMAIN, 1)
+
+
+def _parse(signature: str, body: str, opset: int) -> ir.Function:
+    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{signature} {{\n{body}\n}}'
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A quantized weight as the lowered graph holds it.
+
+    Attributes:
+        site: name of the site that it was.
+        spec: how it is stored (a symmetric UInt of the plan has become an Int).
+        layout, groups: as in `Site`.
+        shape: shape of the float tensor that its users see.
+        rows, columns: of the matrix form.
+        scale: float32 [scale rows, groups of columns].
+        zero: integer-valued float32 of the same shape, or None.
+        dequantize: the DequantizeLinear node.
+        output: the value that stands for the weight: of `dequantize`, or of the last node that shapes it.
+        is_matrix: whether the codes are stored as [rows, columns] and brought into shape after `dequantize`.
+    """
+
+    site: str
+    spec: QuantSpec
+    layout: str
+    groups: int
+    shape: tuple[int, ...]
+    rows: int
+    columns: int
+    scale: Floats
+    zero: Floats | None
+    dequantize: ir.Node
+    output: ir.Value
+    is_matrix: bool
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of one code."""
+        return self.spec.bits
+
+    def codes(self) -> npt.NDArray[Any]:
+        """The codes as a matrix, int8 or uint8 [rows, columns]; read and unpacked at every call."""
+        tensor = _integers(self.dequantize.inputs[0])
+        if not self.is_matrix and self.layout == "columns-first":
+            tensor = np.swapaxes(tensor, -1, -2)
+        elif not self.is_matrix and self.layout == "conv-transpose":
+            tensor = np.swapaxes(tensor, 0, 1)
+        return np.ascontiguousarray(tensor).reshape(self.rows, self.columns)
+
+    def qtensor(self) -> QTensor:
+        """Codes, scales and zero points together."""
+        return QTensor(self.spec, self.codes(), self.scale, self.zero)
+
+
+def read_weight(value: ir.Value | None) -> PackedWeight | None:
+    """What stands behind an operation's weight input, if InsertQDQ wrote it; None for anything else."""
+    tail: list[ir.Node] = []
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in ("Reshape", "Transpose", "Cast") and not node.domain:
+        tail.append(node)
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if value is None or node is None or node.op_type != "DequantizeLinear" or LAYOUT not in node.metadata_props:
+        return None
+    facts = node.metadata_props
+    if len(tail) != int(facts[TAIL]):
+        return None  # within the tail, or past it: a Transpose of the weight is an operation of the model
+    spec, layout = parse_spec(facts[SPEC]), facts[LAYOUT]
+    stored = _shape(node.inputs[0])
+    is_matrix = any(n.op_type == "Reshape" for n in tail)
+    shape = _shape(value) if is_matrix else stored
+    rows, columns = stored if is_matrix else _matrix_shape(stored, layout)
+    form = (spec, layout if not is_matrix else "rows-first", rows)
+    scale = _per_group(node.inputs[1], *form)
+    zero = _per_group(node.inputs[2], *form) if not spec.symmetric else None
+    return PackedWeight(
+        facts[SITE], spec, layout, int(facts[GROUPS]), shape, rows, columns, scale, zero, node, value, is_matrix
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class StaticActivation:
+    """A value behind a QuantizeLinear/DequantizeLinear pair: codes of `dtype`, x = (code - zero) * scale."""
+
+    source: ir.Value
+    scale: float
+    zero: int
+    dtype: ir.DataType
+
+
+@dataclass(frozen=True, eq=False)
+class DynamicActivation:
+    """A value behind `QuantizeRows`."""
+
+    source: ir.Value
+
+
+def read_activation(value: ir.Value | None) -> StaticActivation | DynamicActivation | None:
+    """How an activation is quantized, and the float value before that; None if it isn't."""
+    node = value.producer() if value is not None else None
+    if node is None or node.inputs[0] is None:
+        return None
+    if (node.domain, node.op_type) == (DOMAIN, QUANTIZE_ROWS):
+        return DynamicActivation(node.inputs[0])
+    before = node.inputs[0].producer()
+    if node.op_type != "DequantizeLinear" or before is None or before.op_type != "QuantizeLinear":
+        return None
+    source, scale = before.inputs[0], ir.convenience.get_const_tensor(before.inputs[1])  # type: ignore[arg-type]
+    if source is None or scale is None or scale.size != 1:
+        return None
+    zero = before.inputs[2] if len(before.inputs) > 2 else None
+    tensor = ir.convenience.get_const_tensor(zero) if zero is not None else None
+    if tensor is None:
+        return StaticActivation(source, float(scale.numpy().item()), 0, ir.DataType.UINT8)
+    return StaticActivation(source, float(scale.numpy().item()), int(tensor.numpy().item()), tensor.dtype)
+
+
+def _matrix_shape(shape: tuple[int, ...], layout: str) -> tuple[int, int]:
+    """(rows, columns) of a tensor that is stored in its own layout."""
+    if layout == "columns-first":
+        return prod(shape[:-2]) * shape[-1], shape[-2]
+    if layout == "conv-transpose":
+        return shape[1], shape[0] * prod(shape[2:])
+    return shape[0], prod(shape[1:])
+
+
+def _per_group(value: ir.Value | None, spec: QuantSpec, layout: str, rows: int) -> Floats:
+    """Scales or zero points as float32 [scale rows, groups]."""
+    array = np.asarray(_numbers(value), np.float32)
+    if isinstance(spec.granularity, PerTensor):
+        return array.reshape(1, 1)
+    if layout == "columns-first" and array.ndim > 1:
+        array = np.ascontiguousarray(np.swapaxes(array, -1, -2))
+    return array.reshape(rows, -1)
+
+
+def _numbers(value: ir.Value | None) -> npt.NDArray[Any]:
+    """Scales (perhaps behind a Cast) or zero points as they are stored."""
+    assert value is not None
+    node = value.producer()
+    if node is not None and node.op_type in ("Cast", "Squeeze"):
+        return _numbers(node.inputs[0])
+    return _integers(value) if node is not None else _tensor(value).numpy()
+
+
+def _integers(value: ir.Value | None) -> npt.NDArray[Any]:
+    """The integers of an initializer, or of an Unpack function, as an array of a plain numpy type."""
+    assert value is not None
+    node = value.producer()
+    if node is None:
+        tensor = _tensor(value)
+        wide = tensor.dtype.bitwidth > 8
+        return tensor.numpy().astype(f"{'int' if tensor.dtype.is_signed() else 'uint'}{16 if wide else 8}")
+    signed, bits, shape = "Signed" in node.op_type, int(node.op_type[-1]), _shape(value)
+    planes = [_tensor(plane).numpy() for plane in node.inputs if plane is not None]
+    codes = unpack(planes, bits, prod(shape)).reshape(shape)
+    return codes.astype(np.int8) - np.int8(1 << (bits - 1)) if signed else codes
+
+
+def _shape(value: ir.Value | None) -> tuple[int, ...]:
+    """The static shape of an initializer, of an Unpack function's codes or of a Reshape."""
+    assert value is not None
+    node = value.producer()
+    if node is not None and node.domain == DOMAIN:
+        return tuple(node.attributes["shape"].as_ints())
+    if value.const_value is not None:
+        return tuple(int(d) for d in value.const_value.shape)
+    if value.shape is None or value.shape.is_dynamic():
+        raise BadModel("a quantized weight has lost its shape", where=str(value.name))
+    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    if value.const_value is None:
+        raise BadModel("a quantized weight has no constant codes or scales", where=str(value.name))
+    return value.const_value
