@@ -74,7 +74,7 @@ def _uplift(model: ir.Model, where: str) -> ir.Model:
 
 
 def _convert_with_onnx(model: ir.Model, target: int) -> ir.Model:
-    """onnx's C++ converter, with large initializers passed as inputs so that any model fits a protobuf."""
+    """The C++ converter of the onnx package; large initializers become inputs, so that any model fits a protobuf."""
     weights: dict[str, ir.TensorProtocol] = {}
     graph, count = model.graph, len(model.graph.inputs)
     _bring_inside(model)
@@ -82,7 +82,7 @@ def _convert_with_onnx(model: ir.Model, target: int) -> ir.Model:
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > _SLIM_LIMIT:
             weights[name] = tensor
-            value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+            value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
             del graph.initializers[name]
             value.const_value = None
             graph.inputs.append(value)

@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -176,7 +177,7 @@ def _plain_file(location: str, folder: Path, name: str, where: str) -> Path:
 def check_overlap(sources: Sources, where: str) -> None:
     """Refuse tensors that share bytes without being the same bytes: a small file must not become a large copy."""
     spans = sorted({(str(s.path), s.offset, s.length) for _, s in sources.spans if s.length})
-    for (path, offset, length), (next_path, next_offset, _) in zip(spans, spans[1:], strict=False):
+    for (path, offset, length), (next_path, next_offset, _) in pairwise(spans):
         if path == next_path and offset + length > next_offset:
             raise BadModel(f"tensors overlap at byte {next_offset} of '{Path(path).name}'", where)
 
@@ -239,7 +240,7 @@ def _copy_span(span: Span, out: int, position: int, dtype: npt.DTypeLike | None,
 
 
 def non_finite(values: npt.NDArray[np.generic]) -> str:
-    """ "nan", "inf" or "" for an array of floats."""
+    """Say "nan", "inf" or nothing about an array of floats."""
     if np.isfinite(values).all():
         return ""
     return "nan" if np.isnan(values).any() else "inf"
