@@ -211,14 +211,13 @@ def _externalize(graph: ir.Graph) -> dict[str, Array]:
 
 def _inline(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """ORT would look for the file of an external tensor relative to the working folder."""
-    if not isinstance(tensor, ir.ExternalTensor):
-        return tensor
-    inline: ir.TensorProtocol = ir.Tensor(tensor.numpy(), tensor.dtype, shape=_shape(tensor), name=tensor.name)
-    return inline
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.Tensor(tensor.numpy(), tensor.dtype, shape=_shape(tensor), name=tensor.name)
+    return tensor
 
 
-def _options(threads: int | None) -> ort.SessionOptions:
-    options = ort.SessionOptions()
+def _options(threads: int | None) -> Any:
+    options: Any = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 4  # errors come as exceptions; ORT would print them to stderr as well
     options.enable_cpu_mem_arena = False  # dozens of sessions live at once, each would keep its peak

@@ -119,7 +119,7 @@ def test_model_local_functions_run() -> None:
     function = helper.make_function("qcompiler", "Square", ["a"], ["b"], body, [helper.make_opsetid("", 21)])
     nodes = [helper.make_node("Square", ["x"], ["y"], domain="qcompiler")]
     model = build(nodes, [value("x", ["n"])], [value("y", ["n"])], [], [function], (("", 21), ("qcompiler", 1)))
-    np.testing.assert_array_equal(Runner(model)({"x": np.float32([2, 3])})["y"], np.float32([4, 9]))
+    np.testing.assert_array_equal(Runner(model)({"x": np.array([2, 3], np.float32)})["y"], [4, 9])
 
 
 def test_weights_in_files_are_found_from_any_folder(tmp_path: Path) -> None:
