@@ -8,13 +8,13 @@ layer with the same weight format and geometry.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc, Var
 from tvm.tirx.script import builder as B
 
+from qcompiler.backends.tvm.geometry import FlatFormat, Geometry
 from qcompiler.backends.tvm.lanes import (
     Expr, argument, as_float, buffer_dtype, get, ints, lanes, put, register, spread,
 )  # fmt: skip
@@ -25,32 +25,6 @@ from qcompiler.formats.packing import plane_widths
 
 STRIPE = 64  # output pixels that one job unfolds: its operand stays in the L2 cache
 CENTER = 128  # uint8 codes minus this fit int8, the signed side of the dot product
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A two-dimensional convolution without its weights' format.
-
-    Attributes:
-        channels: input channels.
-        rows: output channels.
-        groups: of channels.
-        kernel, strides, dilations: (height, width).
-        pads: (top, left); bottom and right follow from the size of the output.
-    """
-
-    channels: int
-    rows: int
-    groups: int
-    kernel: tuple[int, int]
-    strides: tuple[int, int]
-    dilations: tuple[int, int]
-    pads: tuple[int, int]
-
-    @property
-    def columns(self) -> int:
-        """Of the weight matrix."""
-        return self.channels // self.groups * prod(self.kernel)
 
 
 @dataclass(frozen=True)
@@ -164,17 +138,6 @@ def _block(
             B.buffer_store(call.y, total[lane], [image, row + lane, at[0][pixel + m], at[1][pixel + m]])
 
     multiply(panel, w, tile, lambda m, k: rows[pixel + m, k], start, finish)
-
-
-@dataclass(frozen=True)
-class FlatFormat:
-    """Format of a flat weight: bits of a code, groups of columns with a scale each, zero points, dtype of scales."""
-
-    bits: int
-    groups: int
-    group: int
-    zeros: bool
-    scale_dtype: str
 
 
 def grouped(name: str, geo: Geometry, fmt: FlatFormat, quantized: bool) -> PrimFunc:

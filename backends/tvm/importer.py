@@ -1,0 +1,125 @@
+"""ONNX -> Relax: TVM's importer, with converters for our packed nodes and for what it gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+from tvm import relax
+from tvm.relax.frontend.onnx import onnx_frontend
+
+Expr = Any  # TVM publishes no types
+
+
+def import_model(model: onnx.ModelProto) -> Any:
+    """A Relax module whose function `main` takes the graph's inputs in order.
+
+    Raises:
+        tvm.error.OpNotImplemented: for operations that neither TVM nor we know.
+    """
+    with _our_converters():
+        return onnx_frontend.from_onnx(model, sanitize_input_names=False)
+
+
+@contextmanager
+def _our_converters() -> Iterator[None]:
+    original = onnx_frontend._get_convert_map
+    ours = {"QcRows": Rows, "QcMatMul": Product, "QcGather": Lookup, "QcConv": Convolution}
+    onnx_frontend._get_convert_map = lambda: {**original(), **ours, "Expand": Expand}
+    try:
+        yield
+    finally:
+        onnx_frontend._get_convert_map = original
+
+
+def _dims(value: Expr) -> list[Expr]:
+    return list(value.ty.shape.values)
+
+
+def _product(dims: list[Expr]) -> Expr:
+    total: Expr = 1
+    for dim in dims:
+        total = total * dim
+    return total
+
+
+def _call(bb: Any, name: bytes | str, inputs: list[Expr], types: list[tuple[list[Expr], str]]) -> Expr:
+    """Emit a call of a kernel that writes its last arguments."""
+    symbol = name.decode() if isinstance(name, bytes) else name
+    made = [relax.TensorType(shape, dtype) for shape, dtype in types]
+    return bb.emit(relax.op.call_dps_packed(symbol, inputs, made if len(made) > 1 else made[0]))
+
+
+def _flatten(bb: Any, x: Expr) -> tuple[Expr, Expr]:
+    """[..., K] -> [m, K] and m."""
+    *lead, last = _dims(x)
+    rows = _product(lead)
+    return bb.emit(relax.op.reshape(x, [rows, last])), rows
+
+
+class Rows(onnx_frontend.OnnxOpConverter):
+    """QcRows: rows quantized to int8 (codes, scales, sums), or padded."""
+
+    @classmethod
+    def _impl_v1(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], _params: Any) -> Expr:
+        flat, rows = _flatten(bb, inputs[0])
+        width = int(attr["columns"])
+        if not attr["integer"]:
+            return _call(bb, attr["kernel"], [flat], [([rows, width], "float32")])
+        types = [([rows, width], "int8"), ([rows], "float32"), ([rows, int(attr["groups"])], "int32")]
+        return _call(bb, attr["kernel"], [flat], types)
+
+
+class Product(onnx_frontend.OnnxOpConverter):
+    """QcMatMul: the first input only tells the shape; then the rows and the weight."""
+
+    @classmethod
+    def _impl_v1(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], _params: Any) -> Expr:
+        lead, columns = _dims(inputs[0])[:-1], int(attr["rows"])
+        flat = _call(bb, attr["kernel"], list(inputs[1:]), [([_product(lead), columns], "float32")])
+        return bb.emit(relax.op.reshape(flat, [*lead, columns]))
+
+
+class Lookup(onnx_frontend.OnnxOpConverter):
+    """QcGather: rows of a packed table."""
+
+    @classmethod
+    def _impl_v1(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], _params: Any) -> Expr:
+        shape, columns = _dims(inputs[0]), int(attr["columns"])
+        indices = bb.emit(relax.op.reshape(relax.op.astype(inputs[0], "int64"), [_product(shape)]))
+        flat = _call(bb, attr["kernel"], [indices, *inputs[1:]], [([_product(shape), columns], "float32")])
+        return bb.emit(relax.op.reshape(flat, [*shape, columns]))
+
+
+class Convolution(onnx_frontend.OnnxOpConverter):
+    """QcConv over one or two dimensions; the kernels are two-dimensional."""
+
+    @classmethod
+    def _impl_v1(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], _params: Any) -> Expr:
+        x, rank = inputs[0], int(attr["spatial"])
+        batch, _, *size = _dims(x)
+        sizes = zip(size, attr["size"], attr["strides"], attr["dilations"], strict=True)
+        pads = attr["pads"]
+        out = [
+            (s + pads[i] + pads[i + rank] - d * (k - 1) - 1) // stride + 1
+            for i, (s, k, stride, d) in enumerate(sizes)
+        ]
+        if rank == 1:
+            x = bb.emit(relax.op.expand_dims(x, axis=2))
+        shape = [batch, int(attr["rows"]), *([1] if rank == 1 else []), *out]
+        y = _call(bb, attr["kernel"], [x, *inputs[1:]], [(shape, "float32")])
+        return bb.emit(relax.op.squeeze(y, axis=[2])) if rank == 1 else y
+
+
+class Expand(onnx_frontend.OnnxOpConverter):
+    """Expand whose data has a shape that only normalization finds."""
+
+    @classmethod
+    def _impl_v13(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], params: Any) -> Expr:
+        inputs[0] = bb.normalize(inputs[0])
+        return _THEIR_EXPAND(bb, inputs, attr, params)
+
+
+_THEIR_EXPAND = onnx_frontend.Expand._impl_v13
