@@ -142,6 +142,8 @@ def _build(table: dict[str, Any], where: str) -> Pass:
         raise BadOption(f"pass '{name}' has no option '{unknown[0]}'", where, f"it has {', '.join(known) or 'none'}")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}  # type: ignore[reportUnknownArgumentType]
     for key, value in options.items():
+        if isinstance(known[key].default, tuple) and not isinstance(value, tuple):
+            options[key] = value = (value,)  # one value is a list of one
         _check_type(name, key, value, known[key].default, where)
     return cls(**options)
 

@@ -50,10 +50,12 @@ class Plan:
         sites: the decisions.
         solution: what the solver said: predicted_loss, lower_bound, gap, method, seconds, curve
             (list of [bits, loss] points); empty for a plan made by hand.
+        kept: sites that the user keeps float (`--keep`): they are outside the average of bits per weight.
     """
 
     sites: Mapping[str, SitePlan] = field(default_factory=dict[str, SitePlan])
     solution: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    kept: tuple[str, ...] = ()
 
     def with_sites(self, changes: Mapping[str, SitePlan]) -> Plan:
         """A copy in which some sites are decided differently."""
@@ -64,9 +66,11 @@ class Plan:
         return {
             "sites": {name: plan.to_json() for name, plan in self.sites.items()},
             "solution": dict(self.solution),
+            "kept": list(self.kept),
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
         """The inverse of `to_json`."""
-        return Plan({k: SitePlan.from_json(v) for k, v in data["sites"].items()}, dict(data["solution"]))
+        sites = {k: SitePlan.from_json(v) for k, v in data["sites"].items()}
+        return Plan(sites, dict(data["solution"]), tuple(data.get("kept", ())))

@@ -48,7 +48,7 @@ def solve_ilp(problem: Problem, deadline: float = 60.0, engine: str = "highs") -
     start = time.monotonic()
     merged, members = separable(problem)
     try:
-        known = solve_lagrangian(merged, deadline)
+        known = solve_lagrangian(merged, deadline / 3)
     except NoChoiceFound:
         known = None
     if known is not None and known.status == "optimal":

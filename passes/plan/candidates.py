@@ -1,0 +1,125 @@
+"""Which plans are worth measuring for a site: what the target offers, narrowed to what the user asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from qcompiler.errors import Refusal
+from qcompiler.formats import PerGroup, QuantSpec
+from qcompiler.formats.fit import quantize
+from qcompiler.graph.sites import Site
+from qcompiler.plan import ActivationMode, SitePlan
+from qcompiler.target import Backend
+
+Activations = Literal["auto", "float", "static", "dynamic"]
+_MOST = 10  # options a site; each is a run over the samples
+_SAMPLE = 1 << 16  # weights that the data-free shortlist looks at
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The options of one site, cheapest first, and what was asked for but cannot be had."""
+
+    site: Site
+    plans: tuple[SitePlan, ...]
+    refused: tuple[Refusal, ...] = ()
+
+    def bits(self) -> list[int]:
+        """Stored bits of every option."""
+        return [site_bits(self.site, plan) for plan in self.plans]
+
+
+def menu(
+    backend: Backend, site: Site, bits: Sequence[int], group_sizes: Sequence[int], activations: Activations
+) -> Menu:
+    """The options of a site on a target.
+
+    Args:
+        backend: says what it can run.
+        site: whose.
+        bits: widths to consider.
+        group_sizes: offered beside the target's own wherever the target takes groups.
+        activations: "auto" takes, for every weight format, the activation that the target names first.
+    """
+    offered = [plan for plan in backend.candidates(site, bits) if plan.weight is not None]
+    offered += [p for plan in offered for p in _regrouped(plan, group_sizes) if backend.supports(site, p) is None]
+    plans, refused = _with_activations(backend, site, offered, activations)
+    if not plans:
+        reason = "the target offers no format for it" if not offered else "no offered format can be run"
+        return Menu(site, (), (*refused, Refusal(site.name, f"stays float: {reason}")))
+    first = {_storage(site, plan): plan for plan in reversed(plans)}  # the target names the fastest first
+    ordered = sorted(first.values(), key=lambda plan: (site_bits(site, plan), str(plan.weight)))
+    return Menu(site, tuple(shortlist(site, ordered)), refused)
+
+
+def site_bits(site: Site, plan: SitePlan) -> int:
+    """Stored bits of a site's weight under an option."""
+    assert plan.weight is not None
+    return plan.weight.stored_bits(site.rows, site.columns)
+
+
+def _storage(site: Site, plan: SitePlan) -> tuple[object, ...]:
+    """Equal for options that store the same numbers: groups wider than the matrix are one group."""
+    spec = plan.weight
+    assert spec is not None
+    return spec.format, spec.symmetric, spec.scale_dtype, spec.granularity.grid(site.rows, site.columns)
+
+
+def activation_for(site: Site, wanted: ActivationMode) -> ActivationMode:
+    """The wanted mode, or float for a site that has no input to quantize (a lookup table)."""
+    return "float" if site.activation is None else wanted
+
+
+def _regrouped(plan: SitePlan, sizes: Sequence[int]) -> list[SitePlan]:
+    spec = plan.weight
+    if spec is None or not isinstance(spec.granularity, PerGroup):
+        return []
+    others = [size for size in sizes if size != spec.granularity.size]
+    return [replace(plan, weight=replace(spec, granularity=PerGroup(size))) for size in others]
+
+
+def _with_activations(
+    backend: Backend, site: Site, offered: list[SitePlan], activations: Activations
+) -> tuple[list[SitePlan], tuple[Refusal, ...]]:
+    if activations == "auto":
+        return offered, ()
+    wanted = [replace(plan, activation=activation_for(site, activations)) for plan in offered]
+    reasons = [backend.supports(site, plan) for plan in wanted]
+    usable = [plan for plan, reason in zip(wanted, reasons, strict=True) if reason is None]
+    if usable or not offered:
+        return usable, ()
+    # Nothing can be had with these activations: the target's own are better than a float weight.
+    return offered, (Refusal(site.name, f"no {activations} activations: {reasons[0]}"),)
+
+
+def shortlist(site: Site, plans: Sequence[SitePlan], most: int = _MOST) -> list[SitePlan]:
+    """At most `most` options, by the squared error on a sample of rows (no data needed); cheapest first in and out.
+
+    Options with more bits and more error than another go first, then those nearest in size to their
+    neighbour. Lists that are short enough are returned as they are.
+    """
+    if len(plans) <= most:
+        return list(plans)
+    step = max(1, site.count // _SAMPLE)
+    sample = np.ascontiguousarray(site.matrix()[::step])
+    left: list[SitePlan] = []
+    least = np.inf
+    for plan in plans:
+        error = _error(sample, plan.weight)
+        if error < least:
+            left.append(plan)
+            least = error
+    while len(left) > most:
+        sizes = [site_bits(site, plan) for plan in left]
+        growth = [sizes[i + 1] / sizes[i - 1] for i in range(1, len(left) - 1)]
+        del left[1 + int(np.argmin(growth))]
+    return left
+
+
+def _error(matrix: np.ndarray, spec: QuantSpec | None) -> float:
+    assert spec is not None
+    return float(np.square(quantize(matrix, spec, "minmax").decode() - matrix).sum())

@@ -1,0 +1,113 @@
+"""From menus and budgets to a solver's problem, in exact integers, and back to words when nothing fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from qcompiler.budget import Budget, bits_per_weight, float_bits, other_bytes, stored_bytes, weight_bits
+from qcompiler.errors import BudgetInfeasible, ContractViolated
+from qcompiler.graph.sites import Site
+from qcompiler.model import Model
+from qcompiler.passes.plan.candidates import Menu
+from qcompiler.solvers.problem import Problem, separable
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What is to be decided, and what is stored whatever is decided.
+
+    Attributes:
+        menus: of the sites that have options.
+        weights: number of weights in the average: all sites that are not kept.
+        fixed_bits: stored bits of weights in the average that stay float.
+        fixed_bytes: everything else that is stored: those weights, kept sites, all other constants.
+        floats: (site, bytes) of the weights in the average that stay float.
+        others: (what, bytes) of the rest of the fixed part.
+    """
+
+    menus: tuple[Menu, ...]
+    weights: int
+    fixed_bits: int
+    fixed_bytes: int
+    floats: tuple[tuple[str, int], ...]
+    others: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(model: Model, sites: Sequence[Site], menus: Sequence[Menu], kept: Sequence[str]) -> Ledger:
+        """Sort all that the model stores; `menus` are those of the sites that are not kept."""
+        floats = [m.site for m in menus if not m.plans]
+        held = [site for site in sites if site.name in kept]
+        left = [(f"{s.name} (float)", float_bits(s) // 8) for s in floats]
+        others = [(f"{s.name} (kept)", float_bits(s) // 8) for s in held]
+        others.append(("constants that are no weights", other_bytes(model, sites)))
+        return Ledger(
+            tuple(m for m in menus if m.plans),
+            sum(m.site.count for m in menus),
+            sum(float_bits(site) for site in floats),
+            sum(size for _, size in (*left, *others)),
+            tuple(left),
+            tuple(others),
+        )
+
+    def costs(self) -> dict[str, list[list[float]]]:
+        """Exact costs of every option in both resources."""
+        bits = [m.bits() for m in self.menus]
+        return {
+            "bits": [[float(b) for b in row] for row in bits],
+            "bytes": [[float(-(-b // 8)) for b in row] for row in bits],
+        }
+
+    def room(self, budgets: Sequence[Budget]) -> dict[str, float]:
+        """What the budgets leave for the options, the tightest of each kind; whole bits and bytes."""
+        room: dict[str, float] = {}
+        for budget in budgets:
+            if budget.kind == "bits":
+                left = math.floor(budget.amount * self.weights) - self.fixed_bits
+            else:
+                left = math.floor(budget.amount) - self.fixed_bytes
+            # No budget needs more room than the dearest options take; floats stay exact below 2^53.
+            room[budget.kind] = min(room.get(budget.kind, 2.0**52), float(min(left, 2**52)))
+        return room
+
+    def average(self, bits: float) -> float:
+        """Bits per weight when the options take `bits`."""
+        return (bits + self.fixed_bits) / self.weights if self.weights else 0.0
+
+    def problem(
+        self, losses: Sequence[Sequence[float]], budgets: Sequence[Budget], ties: Sequence[tuple[int, ...]]
+    ) -> Problem:
+        """The problem for a solver; losses per menu and option."""
+        return Problem.ragged(losses, self.costs(), self.room(budgets), tuple(ties))
+
+    def require_feasible(self, budgets: Sequence[Budget], ties: Sequence[tuple[int, ...]]) -> None:
+        """Raise BudgetInfeasible, with the smallest feasible budget, if the cheapest options do not fit."""
+        blank = [[0.0] * len(m.plans) for m in self.menus]
+        least = separable(self.problem(blank, budgets, ties))[0].least_costs()
+        for budget in budgets:
+            needed = int(least[budget.kind]) + (self.fixed_bits if budget.kind == "bits" else self.fixed_bytes)
+            smallest = Fraction(needed, self.weights or 1) if budget.kind == "bits" else Fraction(needed)
+            if smallest > budget.amount:
+                fix = (
+                    f"the smallest feasible budget is {budget.show(smallest)}; most room takes {self._largest(budget)}"
+                )
+                raise BudgetInfeasible(f"the budget {budget} cannot be met", fix=fix)
+
+    def _largest(self, budget: Budget) -> str:
+        least = [(m.site.name, min(m.bits()) // 8) for m in self.menus]
+        counted = [*least, *self.floats, *(self.others if budget.kind == "bytes" else ())]
+        largest = sorted(counted, key=lambda item: -item[1])[:3]
+        return ", ".join(f"{name} ({size / 1e6:.3g} MB)" for name, size in largest)
+
+
+def assert_within(model: Model, budgets: Sequence[Budget]) -> tuple[float, int]:
+    """(bits per weight, stored bytes) of the model's plan, counted anew; ContractViolated if over a budget."""
+    bits, weights = weight_bits(model)
+    size = stored_bytes(model)
+    for budget in budgets:
+        amount = Fraction(bits, weights or 1) if budget.kind == "bits" else Fraction(size)
+        if amount > budget.amount:
+            raise ContractViolated(f"the plan stores {budget.show(amount)}, more than {budget}", "allocate")
+    return bits_per_weight(model), size

@@ -1,0 +1,84 @@
+"""One number format everywhere: the baseline, and what plain 8-bit deployment uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcompiler import registry
+from qcompiler.budget import bits_per_weight, is_embedding, kept_sites, stored_bytes
+from qcompiler.errors import BadOption, Refusal
+from qcompiler.formats import QuantSpec, parse_spec
+from qcompiler.graph.sites import Site, find_sites
+from qcompiler.model import Model
+from qcompiler.passes.plan.candidates import activation_for
+from qcompiler.pipeline import Pass, PassReport
+from qcompiler.plan import ActivationMode, Plan, SitePlan
+from qcompiler.progress import Progress
+from qcompiler.target import Backend
+
+_MODES: dict[str, ActivationMode] = {"float": "float", "static": "static", "dynamic": "dynamic"}
+
+
+@dataclass(frozen=True)
+class Uniform(Pass):
+    """Give every site the same format.
+
+    A site whose activations the target cannot quantize this way keeps float activations, one whose weight it
+    cannot hold stays float; both are reported.
+
+    Attributes:
+        spec: of the weights, such as "int8-sym-channel-fp32".
+        activation: float, static or dynamic, wherever a site has an input.
+        embeddings: spec of lookup tables; empty: as `spec`; "float" leaves them alone.
+        keep: sites to leave float: globs on their names, or "embeddings". Outside the average of bits.
+        target: who must be able to run it.
+    """
+
+    spec: str = "int8-sym-channel-fp32"
+    activation: str = "float"
+    embeddings: str = ""
+    keep: tuple[str, ...] = ()
+    target: str = "onnx"
+
+    def __post_init__(self) -> None:
+        parse_spec(self.spec)
+        if self.embeddings not in ("", "float"):
+            parse_spec(self.embeddings)
+        if self.activation not in _MODES:
+            raise BadOption(f"unknown activation mode '{self.activation}'", "uniform", f"use {', '.join(_MODES)}")
+
+    def run(self, model: Model, progress: Progress) -> PassReport:
+        """Fill `model.plan`."""
+        backend: Backend = registry.find("backends", self.target)()
+        sites = find_sites(model.ir)
+        kept = kept_sites(sites, self.keep)
+        decided: dict[str, SitePlan] = {}
+        refused: list[Refusal] = []
+        for site in sites:
+            spec = None if site.name in kept else self._spec(site)
+            if spec is None:
+                continue
+            plan, refusals = _decide(backend, site, SitePlan(spec, activation_for(site, _MODES[self.activation])))
+            refused += refusals
+            if plan is not None:
+                decided[site.name] = plan
+        model.plan = Plan(decided, kept=kept)
+        metrics = {"bits_per_weight": bits_per_weight(model), "stored_bytes": stored_bytes(model)}
+        progress.note(
+            f"uniform: {len(decided)} of {len(sites)} sites, {metrics['bits_per_weight']:.3f} bits per weight"
+        )
+        return PassReport("uniform", len(decided), tuple(refused), metrics)
+
+    def _spec(self, site: Site) -> QuantSpec | None:
+        text = self.embeddings if self.embeddings and is_embedding(site) else self.spec
+        return None if text == "float" else parse_spec(text)
+
+
+def _decide(backend: Backend, site: Site, wanted: SitePlan) -> tuple[SitePlan | None, list[Refusal]]:
+    reason = backend.supports(site, wanted)
+    if reason is None:
+        return wanted, []
+    if wanted.activation != "float":
+        plan, further = _decide(backend, site, SitePlan(wanted.weight))
+        return plan, [Refusal(site.name, f"activations stay float: {reason}"), *further]
+    return None, [Refusal(site.name, f"stays float: {reason}")]

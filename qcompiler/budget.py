@@ -1,0 +1,207 @@
+"""Budgets as the user writes them, and the exact count of what a plan stores.
+
+*Bits* are the average number of stored bits per weight over all sites, each shared weight once: codes, scales
+and zero points, packed as they lie in the file; a weight that stays float because nothing else is possible
+counts the bits of its dtype. Embeddings are sites as any other. Sites that the user keeps (`--keep PATTERN`)
+stay float and are outside this average.
+
+*Bytes* are everything that is stored: planned and kept weights, and all other constants of the graph (biases,
+norms, shapes). Kept sites are inside.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from typing import Literal
+
+import onnx_ir as ir
+
+from qcompiler.errors import BadOption
+from qcompiler.graph.sites import Site, find_sites
+from qcompiler.model import Model
+from qcompiler.plan import Plan, SitePlan
+
+Kind = Literal["bits", "bytes"]
+_UNITS: dict[str, tuple[Kind, int]] = {
+    **dict.fromkeys(("bits", "bit"), ("bits", 1)),
+    **dict.fromkeys(("bytes", "B"), ("bytes", 1)),
+    **dict.fromkeys(("kB", "KB", "kb"), ("bytes", 10**3)),
+    **dict.fromkeys(("MB", "mb"), ("bytes", 10**6)),
+    **dict.fromkeys(("GB", "gb"), ("bytes", 10**9)),
+    "KiB": ("bytes", 2**10),
+    "MiB": ("bytes", 2**20),
+    "GiB": ("bytes", 2**30),
+}
+_TIMES = ("s", "ms", "us", "ns")
+_NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?|[+-]?nan|[+-]?inf)\s*([A-Za-z@]*.*?)\s*")
+_HOW = "write bits per weight (3.5bits) or a size (120MB, 120MiB)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One budget, exact.
+
+    Attributes:
+        text: as written.
+        kind: "bits" (average per weight) or "bytes" (everything stored).
+        amount: in bits or bytes.
+        unit: as written: "bits", "MB", ...
+    """
+
+    text: str
+    kind: Kind
+    amount: Fraction
+    unit: str
+
+    def show(self, amount: Fraction) -> str:
+        """An amount in this budget's unit, rounded up so that what is shown would suffice."""
+        scaled = amount / _UNITS[self.unit][1]
+        digits = 4 if self.kind == "bits" else max(0, 6 - len(str(int(scaled))))
+        if _UNITS[self.unit][1] == 1 and self.kind == "bytes":
+            digits = 0
+        return f"{math.ceil(scaled * 10**digits) / 10**digits:.{digits}f}{self.unit}"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_budget(text: str) -> Budget:
+    """Read "3.5bits", "120MB", "120MiB", "89.9e6B".
+
+    A lone "b" is refused, as it may mean bits or bytes; times are refused, as no target can predict them yet.
+    """
+    match = _NUMBER.fullmatch(text) if len(text) < 64 else None
+    if match is None:
+        raise BadOption(f"budget '{text[:64]}' is not an amount", "--budget", _HOW)
+    number, unit = match.groups()
+    if unit.partition("@")[0] in _TIMES:
+        raise BadOption(f"budget '{text}' is a time, which is not supported", "--budget", f"{_HOW} instead")
+    if unit not in _UNITS:
+        raise BadOption(f"budget '{text}' has no known unit", "--budget", _HOW)
+    if not (math.isfinite(float(number)) and float(number) > 0):
+        raise BadOption(f"budget '{text}' is not a positive amount", "--budget", _HOW)
+    kind, scale = _UNITS[unit]
+    return Budget(text.strip(), kind, Fraction(number) * scale, unit)
+
+
+def kept_sites(sites: Sequence[Site], patterns: Iterable[str]) -> tuple[str, ...]:
+    """Names of the sites that match a pattern: a shell glob on the name, or "embeddings" for lookup tables.
+
+    Raises BadOption for a pattern that matches nothing.
+    """
+    kept: dict[str, None] = {}
+    for pattern in patterns:
+        found = [s.name for s in sites if (pattern == "embeddings" and is_embedding(s)) or fnmatchcase(s.name, pattern)]
+        if not found:
+            some = ", ".join(s.name for s in sites[:3])
+            raise BadOption(f"'{pattern}' matches no site", "--keep", f"name sites or globs; the model has {some} ...")
+        kept |= dict.fromkeys(found)
+    return tuple(kept)
+
+
+def is_embedding(site: Site) -> bool:
+    """Whether the weight is a lookup table (a head may share it)."""
+    return any(user.op_type == "Gather" for user in site.users)
+
+
+def float_bits(site: Site) -> int:
+    """Stored bits of a site's weight in its own dtype."""
+    tensor = site.weight.const_value
+    assert tensor is not None
+    return site.count * tensor.dtype.bitwidth
+
+
+def site_bits(site: Site, plan: SitePlan | None) -> int:
+    """Stored bits of a site's weight under a plan; None or no weight format: float."""
+    if plan is None or plan.weight is None:
+        return float_bits(site)
+    return plan.weight.stored_bits(site.rows, site.columns)
+
+
+def stored_constants(model: ir.Model) -> Iterator[tuple[ir.Value | None, int]]:
+    """Every constant that the file stores, with its bytes: initializers (with their value) and Constant nodes."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value, value.const_value.nbytes
+        yield from ((None, bits) for node in graph for bits in _constant_bytes(node))
+    for function in model.functions.values():
+        yield from ((None, bits) for node in function for bits in _constant_bytes(node))
+
+
+def _constant_bytes(node: ir.Node) -> Iterator[int]:
+    value = node.attributes.get("value")
+    if node.op_type == "Constant" and node.domain == "" and value is not None:
+        yield value.as_tensor().nbytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one part of the model stores.
+
+    Attributes:
+        site: its name, or "(all other constants)".
+        what: "embedding", "weight", "kept" or "other".
+        weights: how many.
+        spec: number format, or "float".
+        bits, bytes: stored, scales and zero points included.
+    """
+
+    site: str
+    what: str
+    weights: int
+    spec: str
+    bits: int
+    bytes: int
+
+
+def breakdown(model: Model, plan: Plan | None = None) -> list[Row]:
+    """What a plan (default: the model's own) stores, site by site, then everything else in one row.
+
+    The graph must still be float; after lowering, `lowered_bytes` counts what is there.
+    """
+    plan = model.plan if plan is None else plan
+    sites = find_sites(model.ir)
+    rows = [_row(site, plan) for site in sites]
+    return [*rows, Row("(all other constants)", "other", 0, "float", 8 * (rest := other_bytes(model, sites)), rest)]
+
+
+def other_bytes(model: Model, sites: Sequence[Site]) -> int:
+    """Stored bytes of everything that is no site's weight."""
+    weights = {site.weight for site in sites}
+    return sum(size for value, size in stored_constants(model.ir) if value not in weights)
+
+
+def _row(site: Site, plan: Plan) -> Row:
+    decided = None if site.name in plan.kept else plan.sites.get(site.name)
+    bits = site_bits(site, decided)
+    what = "kept" if site.name in plan.kept else "embedding" if is_embedding(site) else "weight"
+    spec = "float" if decided is None or decided.weight is None else str(decided.weight)
+    return Row(site.name, what, site.count, spec, bits, -(-bits // 8))
+
+
+def weight_bits(model: Model, plan: Plan | None = None) -> tuple[int, int]:
+    """(stored bits, number of weights) of all sites that are not kept, each shared weight once."""
+    rows = [row for row in breakdown(model, plan) if row.what in ("embedding", "weight")]
+    return sum(row.bits for row in rows), sum(row.weights for row in rows)
+
+
+def bits_per_weight(model: Model, plan: Plan | None = None) -> float:
+    """Average stored bits per weight, as a bits budget counts them; 0 if there are no weights."""
+    bits, weights = weight_bits(model, plan)
+    return bits / weights if weights else 0.0
+
+
+def stored_bytes(model: Model, plan: Plan | None = None) -> int:
+    """Everything that the plan stores, in bytes, as a byte budget counts it."""
+    return sum(row.bytes for row in breakdown(model, plan))
+
+
+def lowered_bytes(model: ir.Model) -> int:
+    """Bytes of all constants of a graph as it is: after InsertQDQ, what its file stores beside the nodes."""
+    return sum(size for _, size in stored_constants(model))

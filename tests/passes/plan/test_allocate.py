@@ -1,0 +1,335 @@
+"""Allocate and Uniform with a made-up target and made-up losses: everything else is real."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from qcompiler import registry
+from qcompiler.budget import bits_per_weight, parse_budget, stored_bytes
+from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused
+from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec
+from qcompiler.graph.sites import Site, find_sites
+from qcompiler.model import Model
+from qcompiler.passes.plan.allocate import Allocate
+from qcompiler.passes.plan.candidates import menu, shortlist, site_bits
+from qcompiler.passes.plan.uniform import Uniform
+from qcompiler.pipeline import Pipeline
+from qcompiler.plan import Plan, SitePlan
+from qcompiler.progress import Silent
+
+WIDTHS = {"q": 64, "k": 32, "v": 32, "out": 64, "wide": 256}
+
+
+def model() -> Model:
+    """q, k, v read x; their sum (k and v padded by Concat) goes through out and wide."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": (64, 64), "k": (64, 32), "v": (64, 32), "out": (64, 64), "wide": (64, 256)}
+    arrays = {f"{n}.weight": rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    arrays["shift"] = rng.normal(size=64).astype(np.float32)
+    nodes = [helper.make_node("MatMul", ["x", f"{n}.weight"], [n], name=n) for n in "qkv"]
+    nodes += [
+        helper.make_node("Concat", ["k", "v"], ["kv"], axis=-1, name="concat"),
+        helper.make_node("Add", ["q", "kv"], ["sum"], name="sum"),
+        helper.make_node("Add", ["sum", "shift"], ["sum2"], name="shift_it"),
+        helper.make_node("MatMul", ["sum2", "out.weight"], ["o"], name="out"),
+        helper.make_node("MatMul", ["o", "wide.weight"], ["y"], name="wide"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "attention",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 256])],
+        [numpy_helper.from_array(v, k) for k, v in arrays.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return Model(ir.from_proto(proto), name="attention")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Groups of 32, dynamic activations first; nothing of 7 bits; what `float_sites` names stays float."""
+
+    name: str = "made-up"
+    float_sites: tuple[str, ...] = ()
+    ties: str = "none"
+
+    def candidates(self, site: Site, bits: Sequence[int]) -> list[SitePlan]:
+        if site.name in self.float_sites:
+            return []
+        specs = [QuantSpec(Int(b), PerGroup(32)) for b in bits if b != 7]
+        return [SitePlan(s, a) for s in specs for a in ("dynamic", "float")]  # type: ignore[arg-type]
+
+    def supports(self, site: Site, plan: SitePlan) -> str | None:
+        if site.name in self.float_sites:
+            return "it has no kernel for this"
+        if plan.activation == "static":
+            return "it has no static kernels"
+        return None
+
+
+class Measured:
+    """Stands for qcompiler.measure.sensitivity: loss = importance * 4^-bits, a little less for small groups."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], list[list[SitePlan]], dict[str, Any]]] = []
+        self.importance = {"q": 1.0, "k": 100.0, "v": 0.01, "out": 3.0, "wide": 1.0}
+        self.override: dict[str, float] = {}
+
+    def __call__(self, model: Model, sites: list[Site], candidates: list[list[SitePlan]], **options: Any) -> Any:
+        self.calls.append(([s.name for s in sites], candidates, options))
+        return SimpleNamespace(loss=[[self.loss(s, p) for p in row] for s, row in zip(sites, candidates, strict=True)])
+
+    def loss(self, site: Site, plan: SitePlan) -> float:
+        assert plan.weight is not None
+        spec = plan.weight
+        size = spec.granularity.group_size(site.columns)
+        return self.override.get(site.name, self.importance[site.name] * 4.0**-spec.bits * size**0.25)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    measured = Measured()
+    module = ModuleType("qcompiler.measure.sensitivity")
+    module.sensitivities = measured  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    use_target(monkeypatch, Target())
+    return measured
+
+
+def use_target(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    real = registry.find
+    monkeypatch.setattr(
+        registry, "find", lambda kind, name: (lambda: target) if kind == "backends" else real(kind, name)
+    )
+
+
+def run(allocate: Allocate | Uniform, on: Model | None = None) -> tuple[Model, Any]:
+    on = on or model()
+    return on, allocate.run(on, Silent())
+
+
+@pytest.mark.parametrize("budget", ["2.5bits", "3bits", "3.5bits", "4.123bits", "5bits", "8bits", "40bits"])
+def test_best_plan_under_a_bits_budget(measured: Measured, budget: str) -> None:
+    done, report = run(Allocate(budget))
+    limit = parse_budget(budget).amount
+    assert bits_per_weight(done) <= limit
+    assert report.metrics["bits_per_weight"] == bits_per_weight(done)
+    facts = done.plan.solution
+    sites = find_sites(done.ir)
+    options = [measured.calls[0][1][i] for i in range(len(sites))]
+    best = min(
+        sum(measured.loss(s, p) for s, p in zip(sites, plans, strict=True))
+        for plans in itertools.product(*options)
+        if sum(site_bits(s, p) for s, p in zip(sites, plans, strict=True)) <= limit * sum(s.count for s in sites)
+    )
+    chosen = sum(measured.loss(s, done.plan.sites[s.name]) for s in sites)
+    assert chosen == pytest.approx(best, rel=1e-6)
+    assert facts["predicted_loss"] == pytest.approx(best, rel=1e-6)
+    assert facts["lower_bound"] <= best * (1 + 1e-9)
+    assert facts["gap"] < 1e-6
+    assert facts["chosen"] == [bits_per_weight(done), facts["predicted_loss"]]
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(facts["curve"]))
+    assert Plan.from_json(done.plan.to_json()) == done.plan
+
+
+def test_sensitive_sites_get_more_bits_and_the_fastest_activations(measured: Measured) -> None:
+    done, _ = run(Allocate("4.5bits"))
+    width = {name: plan.weight.bits for name, plan in done.plan.sites.items() if plan.weight}
+    assert width["k"] > width["q"] > width["v"]
+    assert {plan.activation for plan in done.plan.sites.values()} == {"dynamic"}
+
+
+def test_report_lists_every_option_of_every_site(measured: Measured) -> None:
+    done, report = run(Allocate("4.5bits", bits=(3, 4, 8)))
+    rows = report.metrics["sites"]
+    assert [row["site"] for row in rows] == [site.name for site in find_sites(done.ir)]
+    for row in rows:
+        assert [o["width"] for o in row["options"]] == [3, 4, 8]
+        assert row["options"][row["chosen"]]["spec"] == row["spec"] == str(done.plan.sites[row["site"]].weight)
+        assert row["bytes"] == row["bits"] // 8
+    assert sum(row["loss"] for row in rows) == pytest.approx(done.plan.solution["predicted_loss"])
+
+
+def test_byte_budget_counts_all_that_is_stored(measured: Measured) -> None:
+    least, _ = run(Allocate("2.5bits"))
+    size = stored_bytes(least)
+    exact, _ = run(Allocate(f"{size}B"))
+    assert stored_bytes(exact) == size
+    with pytest.raises(BudgetInfeasible, match=f"smallest feasible budget is {size}B"):
+        run(Allocate(f"{size - 1}B"))
+
+
+def test_several_budgets_hold_together(measured: Measured) -> None:
+    both, _ = run(Allocate(("6bits", "4bits", "14kB")))
+    assert bits_per_weight(both) <= 4
+    assert stored_bytes(both) <= 14_000
+    bits_only, _ = run(Allocate("4bits"))
+    assert stored_bytes(bits_only) > 14_000
+
+
+def test_infeasible_budgets_are_refused_before_measuring_and_name_what_takes_the_room(measured: Measured) -> None:
+    with pytest.raises(BudgetInfeasible) as caught:
+        run(Allocate("2.49bits"))
+    message = str(caught.value)
+    assert "2.49bits cannot be met" in message
+    assert "smallest feasible budget is 2.5000bits" in message
+    assert "wide (0.00512 MB), q (0.00128 MB), out (0.00128 MB)" in message
+    assert not measured.calls
+
+
+def test_kept_sites_stay_float_and_leave_the_average(measured: Measured) -> None:
+    done, _ = run(Allocate("3bits", keep=("w*",)))
+    assert "wide" not in done.plan.sites
+    assert done.plan.kept == ("wide",)
+    assert bits_per_weight(done) <= 3
+    with pytest.raises(BudgetInfeasible, match=r"wide \(kept\) \(0.0655 MB\)"):
+        run(Allocate("60kB", keep=("wide",)))
+    with pytest.raises(BadOption, match="matches no site"):
+        run(Allocate("3bits", keep=("nothing",)))
+
+
+def test_what_the_target_cannot_hold_stays_float_inside_the_average(
+    measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_target(monkeypatch, Target(float_sites=("k",)))
+    done, report = run(Allocate("6bits"))
+    assert "k" not in done.plan.sites
+    assert bits_per_weight(done) <= 6
+    assert [(r.where, "float" in r.reason) for r in report.refused] == [("k", True)]
+    with pytest.raises(BudgetInfeasible, match=r"k \(float\)"):
+        run(Allocate("3bits"))
+
+
+def test_static_activations_are_refused_where_the_target_has_none(measured: Measured) -> None:
+    done, report = run(Allocate("4bits", activations="static"))
+    assert {p.activation for p in done.plan.sites.values()} == {"dynamic"}
+    assert len(report.refused) == 5
+    assert "no static kernels" in report.refused[0].reason
+    done, report = run(Allocate("4bits", activations="float"))
+    assert {p.activation for p in done.plan.sites.values()} == {"float"}
+    assert not report.refused
+
+
+@pytest.mark.parametrize("ties", ["inputs", "target"])
+def test_tied_sites_share_a_decision(measured: Measured, monkeypatch: pytest.MonkeyPatch, ties: str) -> None:
+    use_target(monkeypatch, Target(ties="inputs"))
+    done, _ = run(Allocate("4.5bits", ties=ties))
+    assert done.plan.sites["q"] == done.plan.sites["k"] == done.plan.sites["v"]
+    free, _ = run(Allocate("4.5bits", ties="none"))
+    assert free.plan.sites["q"] != free.plan.sites["k"]
+    assert free.plan.solution["predicted_loss"] < done.plan.solution["predicted_loss"]
+
+
+def test_group_sizes_are_a_choice(measured: Measured) -> None:
+    one, _ = run(Allocate("4.2bits"))
+    many, _ = run(Allocate("4.2bits", group_sizes=(16, 32, 64, 128)))
+    sizes = {str(p.weight.granularity) for p in many.plan.sites.values() if p.weight}
+    assert sizes - {"g32"}
+    assert many.plan.solution["predicted_loss"] < one.plan.solution["predicted_loss"]
+    offered = measured.calls[-1][1][0]
+    assert len(offered) <= 10
+    # q has 64 columns: groups of 128 would store the same as groups of 64
+    assert not any("g128" in str(p.weight) for p in offered)
+
+
+def test_shortlist_keeps_the_ends_and_drops_what_is_worse_and_bigger() -> None:
+    site = find_sites(model().ir)[0]
+    plans = [
+        SitePlan(QuantSpec(Int(b), g)) for b in (2, 3, 4, 5, 6, 8) for g in (PerGroup(16), PerGroup(32), PerChannel())
+    ]
+    plans.sort(key=lambda plan: site_bits(site, plan))
+    kept = shortlist(site, plans, 6)
+    assert len(kept) == 6
+    assert kept[0] == plans[0]
+    assert kept[-1].weight is not None
+    assert kept[-1].weight.bits == 8
+    assert shortlist(site, plans, 30) == plans
+
+
+def test_losses_that_are_not_finite_are_never_chosen(measured: Measured) -> None:
+    real = measured.loss
+    measured.loss = lambda s, p: np.nan if p.weight.bits == 8 else real(s, p)  # type: ignore[method-assign,union-attr]
+    done, report = run(Allocate("40bits"))
+    assert {p.weight.bits for p in done.plan.sites.values() if p.weight} == {6}
+    assert report.metrics["sites"][0]["options"][-1]["loss"] is None
+    measured.override = {"v": np.inf}
+    with pytest.raises(PassRefused, match="v: every option"):
+        run(Allocate("40bits"))
+
+
+def test_measuring_gets_its_limits(measured: Measured) -> None:
+    run(Allocate("4bits", samples=7, seconds=3.0))
+    assert measured.calls[0][2]["samples"] == 7
+    assert measured.calls[0][2]["seconds"] == 3.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": ()},
+        {"budget": "4"},
+        {"activations": "int8"},
+        {"ties": "all"},
+        {"bits": ()},
+        {"bits": (1, 4)},
+        {"group_sizes": (0,)},
+        {"method": "guess"},
+    ],
+)
+def test_meaningless_options_are_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(BadOption):
+        Allocate(**options)
+
+
+@pytest.mark.parametrize("method", ["lagrangian", "ilp"])
+def test_solvers_by_name(measured: Measured, method: str) -> None:
+    done, _ = run(Allocate("4bits", method=method))
+    assert done.plan.solution["method"] == method
+
+
+def test_pipeline_files_take_one_budget_or_several() -> None:
+    for text, budget in (('"3.5bits"', ("3.5bits",)), ('["3.5bits", "1MB"]', ("3.5bits", "1MB"))):
+        pipeline = Pipeline.from_toml(f'[[pass]]\nname = "allocate"\nbudget = {text}\n')
+        assert pipeline.passes[0] == Allocate(budget)
+        assert Pipeline.from_toml(pipeline.to_toml()) == pipeline
+
+
+def test_a_model_without_sites_gets_an_empty_plan(measured: Measured) -> None:
+    empty = model()
+    done, report = run(Allocate("4bits", keep=("*",)), empty)
+    assert (dict(done.plan.sites), report.changed) == ({}, 0)
+    assert done.plan.solution["curve"] == []
+
+
+def test_uniform_gives_everyone_the_same_and_says_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_target(monkeypatch, Target(float_sites=("out",)))
+    done, report = run(Uniform("int4-sym-g32-fp16", activation="static", keep=("v",)))
+    assert {str(p.weight) for p in done.plan.sites.values()} == {"int4-sym-g32-fp16"}
+    assert sorted(done.plan.sites) == ["k", "q", "wide"]
+    assert {p.activation for p in done.plan.sites.values()} == {"float"}
+    reasons = {r.reason for r in report.refused if r.where == "out"}
+    assert reasons == {"activations stay float: it has no kernel for this", "stays float: it has no kernel for this"}
+    assert report.changed == 3
+    assert report.metrics["bits_per_weight"] == bits_per_weight(done)
+
+
+@pytest.mark.parametrize("options", [{"spec": "float9"}, {"activation": "int8"}, {"embeddings": "nf4"}])
+def test_uniform_refuses_meaningless_options(options: dict[str, str]) -> None:
+    with pytest.raises(BadOption):
+        Uniform(**options)
+
+
+def test_menu_names_the_fastest_activation_once_a_format() -> None:
+    site = find_sites(model().ir)[0]
+    assert [p.activation for p in menu(Target(), site, (8, 4), (), "auto").plans] == ["dynamic", "dynamic"]
+    assert [p.weight.bits for p in menu(Target(), site, (8, 4), (), "auto").plans if p.weight] == [4, 8]
