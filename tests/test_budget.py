@@ -97,7 +97,7 @@ def small_model() -> Model:
     nodes = [
         helper.make_node("Gather", ["table", "ids"], ["x"], name="embed"),
         helper.make_node("Gemm", ["x", "fc.weight", "fc.bias"], ["h"], name="fc", transB=1),
-        helper.make_node("Constant", [], ["two"], value=numpy_helper.from_array(np.float32(2.0), "two")),
+        helper.make_node("Constant", [], ["two"], value=numpy_helper.from_array(np.array(2.0, np.float32), "two")),
         helper.make_node("Mul", ["h", "two"], ["h2"], name="double"),
         helper.make_node("Transpose", ["table"], ["head"], name="flip", perm=[1, 0]),
         helper.make_node("MatMul", ["h2", "head"], ["y"], name="lm_head"),

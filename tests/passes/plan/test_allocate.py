@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,8 @@ from qcompiler.passes.plan.candidates import menu, shortlist, site_bits
 from qcompiler.passes.plan.uniform import Uniform
 from qcompiler.pipeline import Pipeline
 from qcompiler.plan import Plan, SitePlan
-from qcompiler.progress import Silent
+from qcompiler.progress import Progress, Silent
+from qcompiler.target import Compiled, Runnable
 
 WIDTHS = {"q": 64, "k": 32, "v": 32, "out": 64, "wide": 256}
 
@@ -55,7 +57,7 @@ def model() -> Model:
     return Model(ir.from_proto(proto), name="attention")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Target:
     """Groups of 32, dynamic activations first; nothing of 7 bits; what `float_sites` names stays float."""
 
@@ -76,6 +78,12 @@ class Target:
             return "it has no static kernels"
         return None
 
+    def compile(self, model: Model, folder: Path, progress: Progress) -> Compiled:
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> Runnable:
+        raise NotImplementedError
+
 
 class Measured:
     """Stands for qcompiler.measure.sensitivity: loss = importance * 4^-bits, a little less for small groups."""
@@ -93,7 +101,9 @@ class Measured:
         assert plan.weight is not None
         spec = plan.weight
         size = spec.granularity.group_size(site.columns)
-        return self.override.get(site.name, self.importance[site.name] * 4.0**-spec.bits * size**0.25)
+        if site.name in self.override:
+            return self.override[site.name]
+        return self.importance[site.name] * float(4.0**-spec.bits * size**0.25)
 
 
 @pytest.fixture
@@ -324,7 +334,7 @@ def test_uniform_gives_everyone_the_same_and_says_where_it_cannot(monkeypatch: p
 
 
 @pytest.mark.parametrize("options", [{"spec": "float9"}, {"activation": "int8"}, {"embeddings": "nf4"}])
-def test_uniform_refuses_meaningless_options(options: dict[str, str]) -> None:
+def test_uniform_refuses_meaningless_options(options: dict[str, Any]) -> None:
     with pytest.raises(BadOption):
         Uniform(**options)
 
