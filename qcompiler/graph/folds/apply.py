@@ -1,0 +1,261 @@
+"""Absorb a transform in the constants of a region: in float64, cast back, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.errors import BadOption, PassRefused
+from qcompiler.graph.folds.labels import Classes, Labels
+from qcompiler.graph.folds.region import Constant, Edit, Mark, Region, label
+
+Floats = npt.NDArray[np.float64]
+
+
+def scale(model: ir.Model, region: Region, start: Labels, s: Floats) -> None:
+    """The started value is divided by s [channels]."""
+    numbers = _by_class(region.classes, start, s)
+
+    def factor(labels: Labels, sign: int) -> Floats:
+        return _spread(region.classes, labels, numbers, 1.0) ** -sign
+
+    changes: dict[ir.Value, Floats] = {}
+    for edit, constant in _targets(model, region):
+        array = changes.get(constant, _read(constant)) + edit.constant.offset
+        changes[constant] = array * factor(edit.labels, edit.sign) - edit.constant.offset
+    _commit(changes)
+    for node, mark in region.clips.items():
+        _per_channel_clip(model.graph, node, mark, factor(mark.labels, mark.sign))
+
+
+def shift(model: ir.Model, region: Region, start: Labels, d: Floats) -> None:
+    """d [channels] is subtracted from the started value."""
+    numbers = _by_class(region.classes, start, d)
+
+    def moved(labels: Labels) -> Floats:
+        return _spread(region.classes, labels, numbers, 0.0)
+
+    changes: dict[ir.Value, Floats] = {}
+    for edit, constant in _targets(model, region):
+        changes[constant] = changes.get(constant, _read(constant)) - edit.sign * moved(edit.labels)
+    for node, labels in region.biases.items():
+        bias = _new_bias(model.graph, node, labels.size)
+        changes[bias] = -moved(labels).reshape(-1)
+    for node, labels in region.reads.items():
+        addition = _through_weight(node, moved(labels))
+        bias = _bias_of(model.graph, node, addition.size)
+        changes[bias] = changes.get(bias, _read(bias)) + addition.reshape(_read(bias).shape)
+    _commit(changes)
+
+
+def permute(
+    model: ir.Model, region: Region, start: Labels, ties: Labels, order: npt.NDArray[np.int64]
+) -> None:
+    """Channel c of the started value becomes what channel order[c] was."""
+    roots = region.classes.roots(start).reshape(-1)
+    moved = order != np.arange(len(order))
+    if np.any(ties[moved] < 0):
+        raise BadOption("the permutation moves a channel that is fixed", fix="see Fold.free")
+    target = {int(a): int(b) for a, b in zip(roots, roots[order], strict=True)}
+    for labels, blocks in region.blocks:
+        _check_blocks(region.classes.roots(labels), blocks, target)
+    changes: dict[ir.Value, Floats] = {}
+    for edit, constant in _targets(model, region):
+        array = changes.get(constant, _read(constant))
+        changes[constant] = _reordered(array, region.classes.roots(edit.labels), target)
+    _commit(changes)
+
+
+def absmax(classes: Classes, start: Labels, edits: Sequence[Edit]) -> Floats:
+    """[channels]: the largest |entry| of the edited constants that belongs to each channel; 0 if none does."""
+    roots = classes.roots(start).reshape(-1)
+    known, place = np.unique(roots, return_inverse=True)
+    found = np.zeros(len(known))
+    for edit in edits:
+        array = np.abs(_read(edit.constant.value) + edit.constant.offset)
+        short = tuple(k for k, size in enumerate(edit.labels.shape) if size == 1)
+        largest = array.max(axis=short, keepdims=True) if array.size else array
+        own = np.broadcast_to(classes.roots(edit.labels), largest.shape)
+        inside = np.isin(own, known)
+        np.maximum.at(found, np.searchsorted(known, own[inside]), largest[inside])
+    return found[place]
+
+
+def _by_class(classes: Classes, start: Labels, numbers: Floats) -> Mapping[int, float]:
+    return dict(zip(classes.roots(start).reshape(-1).tolist(), numbers.tolist(), strict=True))
+
+
+def _spread(classes: Classes, labels: Labels, numbers: Mapping[int, float], default: float) -> Floats:
+    unique, inverse = np.unique(classes.roots(labels), return_inverse=True)
+    found = np.array([numbers.get(int(root), default) for root in unique])
+    return found[inverse].reshape(labels.shape)
+
+
+def _targets(model: ir.Model, region: Region) -> list[tuple[Edit, ir.Value]]:
+    """The edits with the initializers to change: private copies where a vector is shared."""
+    own: dict[tuple[ir.Node, int], ir.Value] = {}
+    found: list[tuple[Edit, ir.Value]] = []
+    for edit in region.edits.values():
+        key = (edit.node, edit.index)
+        if edit.constant.shared and key not in own:
+            own[key] = _private_copy(model.graph, edit.constant)
+            edit.node.replace_input_with(edit.index, own[key])
+        found.append((edit, own.get(key, edit.constant.value)))
+    return found
+
+
+def _private_copy(graph: ir.Graph, constant: Constant) -> ir.Value:
+    tensor = constant.value.const_value
+    assert tensor is not None
+    return _register(graph, f"{constant.value.name}_own", tensor.numpy(), tensor.dtype)
+
+
+def _register(graph: ir.Graph, name: str, array: npt.NDArray[Any], dtype: ir.DataType) -> ir.Value:
+    taken = {v.name for node in graph for v in node.outputs} | set(graph.initializers)
+    unique = next(n for k in range(len(taken) + 1) if (n := f"{name}_{k}" if k else name) not in taken)
+    tensor = ir.tensor(array.astype(dtype.numpy()), name=unique)
+    value = ir.val(unique, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _read(value: ir.Value) -> Floats:
+    assert value.const_value is not None
+    return np.asarray(value.const_value.numpy(), np.float64)
+
+
+def _commit(changes: Mapping[ir.Value, Floats]) -> None:
+    tensors: dict[ir.Value, ir.TensorProtocol] = {}
+    for value, array in changes.items():
+        old = value.const_value
+        assert old is not None
+        with np.errstate(over="ignore"):
+            new = array.astype(old.dtype.numpy())
+        if not np.all(np.isfinite(np.asarray(new, np.float64)) | ~np.isfinite(array)):
+            raise PassRefused(f"the transformed weight overflows {old.dtype.name}", value.name or "")
+        tensors[value] = ir.tensor(new, name=value.name)
+    for value, tensor in tensors.items():
+        value.const_value = tensor
+
+
+def _reordered(array: Floats, roots: Labels, target: Mapping[int, int]) -> Floats:
+    """Entry with label l becomes the entry with label target[l]; repeated labels keep their order of repetition."""
+    axes = [k for k, size in enumerate(roots.shape) if size > 1]
+    if not axes:
+        return array
+    axis = axes[-1]
+    lines = np.moveaxis(roots, axis, -1)
+    if len(axes) > 1 and not np.array_equal(lines, np.broadcast_to(lines[(0,) * (lines.ndim - 1)], lines.shape)):
+        flat = [k for k in axes]
+        raise BadOption(f"a permutation along axes {flat} of one constant is not possible")
+    line = lines[(0,) * (lines.ndim - 1)]
+    places: dict[int, list[int]] = {}
+    for position, root in enumerate(line.tolist()):
+        places.setdefault(root, []).append(position)
+    seen: dict[int, int] = {}
+    index: list[int] = []
+    for root in line.tolist():
+        nth = seen.get(root, 0)
+        seen[root] = nth + 1
+        index.append(places[target.get(root, root)][nth])
+    return np.take(array, index, axis)
+
+
+def _check_blocks(roots: Labels, blocks: Labels, target: Mapping[int, int]) -> None:
+    homes: dict[int, set[int]] = {}
+    for root, block in zip(roots.reshape(-1).tolist(), blocks.reshape(-1).tolist(), strict=True):
+        homes.setdefault(root, set()).add(block)
+    if any(homes.get(target.get(root, root), home) != home for root, home in homes.items()):
+        raise BadOption("the permutation moves a channel to another head", fix="permute within heads")
+
+
+def _per_channel_clip(graph: ir.Graph, node: ir.Node, mark: Mark, factor: Floats) -> None:
+    """Clip(x, low, high) -> Min(Max(x, low * factor), high * factor)."""
+    source, old = node.inputs[0], node.outputs[0]
+    bounds = [_bound(node, k) for k in (1, 2)]
+    dtype = source.dtype if source is not None and source.dtype is not None else ir.DataType.FLOAT
+    current = source
+    for op, bound in (("Max", bounds[0]), ("Min", bounds[1])):
+        if not np.isfinite(bound):
+            continue
+        limit = _register(graph, f"{old.name}_{op.lower()}", np.asarray(bound * factor), dtype)
+        new = ir.node(op, [current, limit])
+        new.outputs[0].name = f"{limit.name}_of"
+        new.outputs[0].type, new.outputs[0].shape = old.type, old.shape
+        graph.insert_before(node, new)
+        current = new.outputs[0]
+    assert current is not None
+    name = old.name
+    old.replace_all_uses_with(current)
+    graph.remove(node, safe=True)
+    current.name = name
+
+
+def _bound(node: ir.Node, index: int) -> float:
+    name, infinite = ("min", -np.inf) if index == 1 else ("max", np.inf)
+    if name in node.attributes:
+        return node.attributes[name].as_float()
+    value = node.inputs[index] if index < len(node.inputs) else None
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return infinite if tensor is None else float(tensor.numpy().reshape(()))
+
+
+def _through_weight(node: ir.Node, d: Floats) -> Floats:
+    """What a shift d of a layer's input adds to its output, per output channel."""
+    weight = node.inputs[1]
+    assert weight is not None
+    source = _source(weight)
+    array = _read(source[0])
+    array = array.T if source[1] else array
+    if node.op_type == "MatMul":
+        return d @ array
+    if node.op_type == "Gemm":
+        alpha = node.attributes["alpha"].as_float() if "alpha" in node.attributes else 1.0
+        transposed = "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+        return alpha * (array @ d if transposed else d @ array)
+    groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
+    taps = array.reshape(*array.shape[:2], -1).sum(-1)
+    return np.einsum("goi,gi->go", taps.reshape(groups, -1, taps.shape[1]), d.reshape(groups, -1)).reshape(-1)
+
+
+def _source(value: ir.Value) -> tuple[ir.Value, bool]:
+    from qcompiler.graph.folds.region import resolve
+
+    constant = resolve(value)
+    assert constant is not None
+    return constant.value, constant.transposed
+
+
+def _new_bias(graph: ir.Graph, node: ir.Node, size: int) -> ir.Value:
+    """Give a layer that has none a bias of zeros."""
+    dtype = node.outputs[0].dtype or ir.DataType.FLOAT
+    bias = _register(graph, f"{node.outputs[0].name}_bias", np.zeros(size), dtype)
+    if len(node.inputs) < 3:
+        node.resize_inputs(3)
+    node.replace_input_with(2, bias)
+    return bias
+
+
+def _bias_of(graph: ir.Graph, node: ir.Node, size: int) -> ir.Value:
+    """The bias that a layer's output gets: its own, the constant of the Add behind it, or a new one."""
+    if node.op_type != "MatMul":
+        if len(node.inputs) < 3 or node.inputs[2] is None:
+            return _new_bias(graph, node, size)
+        return _own(graph, node, 2)
+    raise BadOption(f"{label(node)} has no bias")
+
+
+def _own(graph: ir.Graph, node: ir.Node, index: int) -> ir.Value:
+    """The constant at an operand, private to it."""
+    value = node.inputs[index]
+    assert value is not None
+    if len(list(value.uses())) == 1 and not value.is_graph_output():
+        return value
+    assert value.const_value is not None
+    copy = _register(graph, f"{value.name}_own", value.const_value.numpy(), value.const_value.dtype)
+    node.replace_input_with(index, copy)
+    return copy

@@ -1,0 +1,270 @@
+"""Find where a transform of one value can be absorbed, and absorb it. The only place that changes weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.errors import BadOption, Refusal
+from qcompiler.graph.folds import apply
+from qcompiler.graph.folds.labels import Labels, Unfit
+from qcompiler.graph.folds.region import DOMAINS, Edit, Kind, Region, Undecided, dims, label
+from qcompiler.graph.folds.rules_attention import attention, rotary
+from qcompiler.graph.folds.rules_elementwise import (
+    HOMOGENEOUS,
+    SAME,
+    SUMS,
+    clip,
+    pointwise,
+    product,
+    reciprocal,
+    sums,
+    unary,
+)
+from qcompiler.graph.folds.rules_linear import conv, gemm, matmul, norm
+from qcompiler.graph.folds.rules_shape import (
+    concat,
+    expand,
+    gather,
+    reduction,
+    reshaping,
+    slicing,
+    spatial,
+    split,
+    transpose,
+)
+
+Floats = npt.NDArray[np.float64]
+_CHOICES = 6  # products of two values in one region: more are not worth the search
+
+
+def _nothing(_region: Region, _node: ir.Node) -> None:
+    """The operation looks at shapes only."""
+
+
+_NORMS = (
+    "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "InstanceNormalization",
+    "BatchNormalization",
+)  # fmt: skip
+_SPATIAL = (
+    "AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool", "Pad", "Resize",
+    "Upsample",
+)  # fmt: skip
+_POINTWISE = (
+    "Gelu", "Sigmoid", "Tanh", "Erf", "Exp", "Pow", "Sqrt", "HardSwish", "HardSigmoid", "Softplus", "Elu", "Swish",
+    "Mish",
+)  # fmt: skip
+_REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2")
+
+RULES: Mapping[str, Callable[[Region, ir.Node], None]] = {
+    **dict.fromkeys(SAME | HOMOGENEOUS, unary),
+    **dict.fromkeys(SUMS, sums),
+    **dict.fromkeys(_POINTWISE, pointwise),
+    **dict.fromkeys(_NORMS, norm),
+    **dict.fromkeys(_SPATIAL, spatial),
+    **dict.fromkeys(_REDUCTIONS, reduction),
+    **dict.fromkeys(("Mul", "Div"), product),
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), reshaping),
+    **dict.fromkeys(("Attention", "GroupQueryAttention"), attention),
+    **dict.fromkeys(("Conv", "ConvTranspose"), conv),
+    **dict.fromkeys(("Shape", "Size"), _nothing),
+    "Clip": clip,
+    "Concat": concat,
+    "Expand": expand,
+    "Gather": gather,
+    "Gemm": gemm,
+    "MatMul": matmul,
+    "Reciprocal": reciprocal,
+    "RotaryEmbedding": rotary,
+    "Slice": slicing,
+    "Split": split,
+    "Transpose": transpose,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """A value whose channels can be transformed without changing the function of the graph.
+
+    Everything that produces the value absorbs the transform and everything that consumes it the inverse. A
+    fold is used once: the graph is different afterwards, so find it again.
+
+    Attributes:
+        model: whose graph is changed.
+        value: the value, for instance the output of a norm.
+        axis: its channel axis.
+        kind: "scale", "shift" or "permute".
+        ties: int64 [channels]: channels with equal numbers must be transformed alike; -1: not at all.
+        writers: constants of the producers (gains, rows of weights, biases).
+        readers: constants of the consumers (columns of weights).
+        region: everything that is touched.
+    """
+
+    model: ir.Model
+    value: ir.Value
+    axis: int
+    kind: Kind
+    ties: Labels
+    writers: tuple[Edit, ...]
+    readers: tuple[Edit, ...]
+    region: Region
+    start: Labels
+
+    @property
+    def size(self) -> int:
+        """Number of channels."""
+        return len(self.ties)
+
+    @property
+    def free(self) -> npt.NDArray[np.bool_]:
+        """[channels]: which may be transformed at all."""
+        return self.ties >= 0
+
+    def tied(
+        self, s: npt.ArrayLike, how: Callable[[Floats], float] | None = None, fixed: float = 1.0
+    ) -> Floats:
+        """The numbers nearest to `s` that respect the ties.
+
+        Args:
+            s: [channels].
+            how: joins the numbers of tied channels; the geometric mean if None (a scale has no zero).
+            fixed: for channels that cannot be transformed: 1 for a scale, 0 for a shift.
+        """
+        result = np.array(np.broadcast_to(np.asarray(s, np.float64), (self.size,)))
+        join = how or (lambda group: float(np.exp(np.log(group).mean())))
+        for tie in np.unique(self.ties):
+            members = self.ties == tie
+            result[members] = fixed if tie < 0 else join(result[members])
+        return result
+
+    def absmax(self, edits: Sequence[Edit]) -> Floats:
+        """[channels]: the largest |weight| that belongs to a channel, over the matrices among `edits`."""
+        return apply.absmax(self.region.classes, self.start, [e for e in edits if e.is_weight])
+
+    def scale(self, s: npt.ArrayLike) -> None:
+        """Divide channel c of the value by s[c] > 0; its consumers multiply.
+
+        Raises:
+            BadOption: s isn't positive and finite, breaks a tie, or scales what is fixed.
+            PassRefused: a weight would overflow its element type; nothing is changed.
+        """
+        self._require("scale")
+        numbers = self._checked(s, 1.0)
+        if not (np.all(numbers > 0) and np.all(np.isfinite(numbers))):
+            raise BadOption("a scale must be positive and finite", self.value.name or "")
+        apply.scale(self.model, self.region, self.start, numbers)
+
+    def shift(self, d: npt.ArrayLike) -> None:
+        """Subtract d[c] from channel c of the value; the biases of its consumers make up for it."""
+        self._require("shift")
+        apply.shift(self.model, self.region, self.start, self._checked(d, 0.0))
+
+    def permute(self, order: npt.ArrayLike) -> None:
+        """Channel c of the value becomes what channel order[c] was.
+
+        Raises:
+            BadOption: not a permutation, or it moves a channel that is fixed or out of its head or group.
+        """
+        self._require("permute")
+        places = np.asarray(order, np.int64)
+        if sorted(places.tolist()) != list(range(self.size)):
+            raise BadOption("not a permutation of the channels", self.value.name or "")
+        apply.permute(self.model, self.region, self.start, self.ties, places)
+
+    def _require(self, kind: Kind) -> None:
+        if self.kind != kind:
+            raise BadOption(f"this fold was found for a {self.kind}", self.value.name or "", "find it again")
+
+    def _checked(self, s: npt.ArrayLike, fixed: float) -> Floats:
+        numbers = np.array(np.broadcast_to(np.asarray(s, np.float64), (self.size,)))
+        if not np.array_equal(numbers, self.tied(numbers, lambda group: float(group[0]), fixed)):
+            raise BadOption("tied channels differ, or a fixed channel changes", self.value.name or "", "use tied()")
+        return numbers
+
+
+def find_fold(
+    model: ir.Model, value: ir.Value, kind: Kind = "scale", *, axis: int = -1, insert: bool = False
+) -> Fold | Refusal:
+    """Find out whether the channels of a value can be transformed, what absorbs it, and which are tied.
+
+    Source: the fold algebra of SmoothQuant (2211.10438), AWQ (2306.00978) and data-free quantization
+    (1906.04721), generalised: labels are carried from value to value by one rule an operation.
+
+    Args:
+        model: float, with shapes inferred.
+        value: of its main graph.
+        kind: of transform.
+        axis: the channel axis of the value: 1 for images, -1 for rows of features.
+        insert: allow operations to be added (per-channel bounds for a Clip that a scale crosses).
+
+    Returns:
+        A Fold, or a Refusal that says what stands in the way.
+    """
+    name = value.name or "?"
+    try:
+        shape = dims(value)
+    except Unfit as reason:
+        return Refusal(name, str(reason))
+    axis %= len(shape)
+    length = shape[axis]
+    if not isinstance(length, int):
+        return Refusal(name, f"the number of channels of '{name}' is unknown")
+    full = tuple(length if k == axis else 1 for k in range(len(shape)))
+    region, labels = _explore(model.graph, value, full, kind, insert, {})
+    ties, reason = _ties(region, labels)
+    if np.all(ties < 0):
+        return Refusal(name, reason)
+    edits = list(region.edits.values())
+    writers = tuple(e for e in edits if e.sign > 0)
+    return Fold(model, value, axis, kind, ties, writers, tuple(e for e in edits if e.sign < 0), region, labels)
+
+
+def _explore(
+    graph: ir.Graph,
+    value: ir.Value,
+    shape: tuple[int, ...],
+    kind: Kind,
+    insert: bool,
+    choices: Mapping[ir.Node, int],
+) -> tuple[Region, Labels]:
+    region = Region(graph, kind, choices, insert)
+    labels = region.classes.fresh(shape)
+    region.begin(value, labels)
+    try:
+        region.grow(_apply_rule, labels)
+    except Undecided as undecided:
+        if len(choices) == _CHOICES:
+            region.pin(labels, f"too many products lead to {label(undecided.node)}")
+            return region, labels
+        tries = [
+            _explore(graph, value, shape, kind, insert, {**choices, undecided.node: k}) for k in range(2)
+        ]
+        return max(tries, key=lambda found: int((_ties(*found)[0] >= 0).sum()))
+    return region, labels
+
+
+def _apply_rule(region: Region, node: ir.Node) -> None:
+    rule = RULES.get(node.op_type) if node.domain in DOMAINS else None
+    if rule is None:
+        region.pin_node(node, f"a {region.kind} cannot cross {label(node)}")
+        return
+    try:
+        rule(region, node)
+    except Unfit as reason:
+        region.pin_node(node, str(reason))
+
+
+def _ties(region: Region, start: Labels) -> tuple[Labels, str]:
+    """Tie numbers of the channels (-1: fixed) and the first reason for a fixed one."""
+    roots = region.classes.roots(start).reshape(-1)
+    pinned = region.classes.pinned()
+    _, ties, counts = np.unique(roots, return_inverse=True, return_counts=True)
+    fixed = np.isin(roots, list(pinned))
+    if region.kind == "permute":  # channels that are one for some operation have no order among them
+        fixed |= counts[ties] > 1
+    reason = next((text for root, text in pinned.items() if root in roots), "all its channels are tied")
+    return np.where(fixed, -1, ties).astype(np.int64), reason
