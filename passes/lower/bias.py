@@ -91,5 +91,5 @@ def _set_constant(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray
     value = ir.val(name, const_value=ir.tensor(array.astype(dtype.numpy()), name=name))
     graph.register_initializer(value)
     node.replace_input_with(index, value)
-    if old is not None and old.name in graph.initializers and not old.uses() and not old.is_graph_output():
-        del graph.initializers[old.name]
+    if old is not None and old.is_initializer() and not old.uses() and not old.is_graph_output():
+        del graph.initializers[str(old.name)]

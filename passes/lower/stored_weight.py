@@ -187,7 +187,7 @@ def _widened(out: StoredWeight, scale: ir.Value) -> ir.Value:
     assert scale.const_value is not None
     if scale.const_value.dtype == ir.DataType.FLOAT:
         return scale
-    shape = tuple(int(d) for d in scale.const_value.shape)
+    shape = tuple(scale.const_value.shape.numpy())
     return out.apply("Cast", [scale], "scale_fp32", ir.DataType.FLOAT, shape, {"to": ir.DataType.FLOAT.value})
 
 

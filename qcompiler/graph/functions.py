@@ -282,10 +282,10 @@ def _shape(value: ir.Value | None) -> tuple[int, ...]:
     if node is not None and node.domain == DOMAIN:
         return tuple(node.attributes["shape"].as_ints())
     if value.const_value is not None:
-        return tuple(int(d) for d in value.const_value.shape)
+        return tuple(value.const_value.shape.numpy())
     if value.shape is None or value.shape.is_dynamic():
         raise BadModel("a quantized weight has lost its shape", where=str(value.name))
-    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+    return tuple(value.shape.numpy())
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

@@ -12,8 +12,8 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import helper, numpy_helper
 from onnx import TensorProto as T
+from onnx import helper, numpy_helper
 
 from qcompiler.formats import QTensor, parse_spec
 from qcompiler.formats.fit import quantize
@@ -115,3 +115,94 @@ def test_every_site_and_spec_survives_lowering_saving_and_loading(kind: str, for
         ir.save(reference.ir, tmp_path / "float.onnx")
         want = run(tmp_path / "float.onnx", data)
         np.testing.assert_allclose(run(path, data), want, rtol=1e-6, atol=1e-6 * np.abs(want).max(), err_msg=text)
+
+
+@pytest.mark.parametrize("kind", ["matmul", "gather", "conv", "conv-transpose-grouped"])
+@pytest.mark.parametrize("text", ["uint2-asym-g16-fp16", "int2-sym-channel-fp16"])
+def test_two_bits_are_a_tensor_type_from_opset_25_on(kind: str, text: str, tmp_path: Path) -> None:
+    model, _, tensor = lower(kind, text, opset=25)
+    ir.save(model.ir, tmp_path / "m.onnx")
+    read = functions.read_weight(weight_value(ir.load(tmp_path / "m.onnx")))
+    assert read is not None
+    np.testing.assert_array_equal(read.qtensor().decode(), tensor.decode())
+    assert not model.ir.functions
+    run(tmp_path / "m.onnx", feeds(kind))
+
+
+@pytest.mark.parametrize(
+    "text", ["uint3-asym-g16-fp16", "int5-sym-tensor-fp32", "uint4-asym-g32-bf16", "uint7-asym-tensor-fp16"]
+)
+@pytest.mark.parametrize("kind", ["matmul", "conv", "depthwise", "conv-transpose-grouped", "gather-3d"])
+def test_initializers_take_exactly_the_stored_bits(kind: str, text: str) -> None:
+    model, site, tensor = lower(kind, text)
+    held = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    assert held * 8 == tensor.spec.stored_bits(site.rows, site.columns)
+
+
+@given(
+    bits=st.sampled_from([2, 3, 5, 6, 7]),
+    signed=st.booleans(),
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+)
+@settings(max_examples=40, deadline=None)
+def test_unpack_is_the_inverse_of_pack(bits: int, signed: bool, shape: list[int]) -> None:
+    raw = RNG.integers(0, 1 << bits, shape)
+    function = functions.unpack_function(bits, signed, 21)
+    planes = [
+        ir.val(f"p{i}", const_value=ir.tensor(p, name=f"p{i}")) for i, p in enumerate(pack(raw.reshape(-1), bits))
+    ]
+    node = ir.node(function.name, planes, {"shape": shape}, domain=functions.DOMAIN)
+    got = _evaluate([node], planes, function, ir.DataType.INT8 if signed else ir.DataType.UINT8)
+    np.testing.assert_array_equal(got, raw - (1 << (bits - 1)) if signed else raw)
+
+
+@pytest.mark.parametrize("opset", [21, 26])
+def test_quantize_rows_rounds_every_row_with_its_own_scale(opset: int) -> None:
+    x = RNG.standard_normal((3, 4, 8)).astype(np.float32)
+    x[0, 0], x[1, 2], x[2, 1] = 0, np.float32(1e-44), x[2, 1] * 1e30
+    x[0, 1, :4] = np.float32([127, 0.5, 1.5, -2.5])  # ties go to even codes
+    x[0, 1, 4:] = 0
+    scale = (np.abs(x).max(-1, keepdims=True) / np.float32(127)).astype(np.float32)
+    scale[scale == 0] = 1
+    want = np.clip(np.rint(x / scale), -127, 127) * scale
+    value = ir.val("x", const_value=ir.tensor(x, name="x"))
+    node = ir.node(functions.QUANTIZE_ROWS, [value], domain=functions.DOMAIN)
+    got = _evaluate([node], [value], functions.quantize_rows_function(opset), ir.DataType.FLOAT, opset)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got[0, 1, :4], [127, 0, 2, -2])
+
+
+def _evaluate(
+    nodes: list[ir.Node], constants: list[ir.Value], function: ir.Function, dtype: ir.DataType, opset: int = 21
+) -> Array:
+    nodes[-1].outputs[0].name, nodes[-1].outputs[0].dtype = "y", dtype
+    imports = {"": opset, functions.DOMAIN: 1}
+    graph = ir.Graph([], nodes[-1].outputs, nodes=nodes, initializers=constants, opset_imports=imports, name="g")
+    proto = ir.to_proto(ir.Model(graph, ir_version=10, functions=[function]))
+    return ort.InferenceSession(proto.SerializeToString()).run(None, {})[0]
+
+
+def test_activations_are_recognised_and_other_values_are_not() -> None:
+    x, scale = ir.val("x", dtype=ir.DataType.FLOAT), ir.val("s", const_value=ir.tensor(np.float32(0.5), name="s"))
+    zero = ir.val("z", const_value=ir.tensor(np.uint8(7), name="z"))
+    codes = ir.node("QuantizeLinear", [x, scale, zero]).outputs[0]
+    static = functions.read_activation(ir.node("DequantizeLinear", [codes, scale, zero]).outputs[0])
+    assert isinstance(static, functions.StaticActivation)
+    assert (static.source, static.scale, static.zero, static.dtype) == (x, 0.5, 7, ir.DataType.UINT8)
+    rows = functions.read_activation(ir.node("QuantizeRows", [x], domain=functions.DOMAIN).outputs[0])
+    assert isinstance(rows, functions.DynamicActivation)
+    assert rows.source is x
+    assert functions.read_activation(x) is None
+    assert functions.read_activation(ir.node("QuantizeRows", [x]).outputs[0]) is None
+    assert functions.read_weight(ir.node("DequantizeLinear", [codes, scale, zero]).outputs[0]) is None
+
+
+def test_a_transpose_of_the_model_is_not_taken_for_the_weight() -> None:
+    model, _, _ = lower("conv-transpose-grouped", "int4-sym-g16-fp16")
+    value = weight_value(model.ir)
+    assert value is not None
+    assert functions.read_weight(value) is not None
+    assert functions.read_weight(ir.node("Transpose", [value]).outputs[0]) is None
+    inner = value.producer()
+    assert inner is not None
+    assert functions.read_weight(inner.inputs[0]) is None

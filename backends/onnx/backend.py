@@ -1,0 +1,122 @@
+"""The ONNX Runtime target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from qcompiler.backends.onnx.fast_form import FastForm, fast_form
+from qcompiler.backends.onnx.session import OrtRunnable, optimized_operations, session_options, unfused
+from qcompiler.errors import BadOption, PassRefused
+from qcompiler.formats import Granularity, Int, PerChannel, PerGroup, QuantSpec, UInt
+from qcompiler.graph.sites import Site
+from qcompiler.model import Model
+from qcompiler.plan import ActivationMode, SitePlan
+from qcompiler.progress import Progress
+from qcompiler.target import Compiled, Tolerance
+
+FILE = "model.ort.onnx"
+DATA = "model.ort.onnx.data"
+_LARGE = 1 << 30  # bytes of weights from which they get a file of their own; protobuf ends at 2 GiB
+_GROUPS = (32, 128)
+
+
+@dataclass(frozen=True)
+class OnnxBackend:
+    """ONNX Runtime on the CPU, with the kernels that the installed version was seen to run.
+
+    Attributes:
+        activations: what plans ask for: "float", "static" (uint8 per tensor: integer convolutions) or
+            "dynamic" (int8 at run time: MatMulNBits with accuracy level 4).
+        threads: of a loaded artifact; 0 lets ONNX Runtime choose.
+    """
+
+    activations: str = "float"
+    threads: int = 0
+    name: str = field(default="onnx", init=False)
+
+    def __post_init__(self) -> None:
+        if self.activations not in ("float", "static", "dynamic"):
+            raise BadOption(f"unknown activation mode '{self.activations}'", fix="use float, static or dynamic")
+
+    def candidates(self, site: Site, bits: Sequence[int]) -> list[SitePlan]:
+        """At most two plans a width: one scale a row, or groups of columns with zero points."""
+        return [plan for width in bits for plan in self._plans(site, width)]
+
+    def supports(self, site: Site, plan: SitePlan) -> str | None:
+        """Everything from 2 to 8 bits runs, if need be decoded to float; dynamic activations only in products."""
+        if plan.activation == "dynamic" and site.op not in ("MatMul", "Gemm"):
+            return f"dynamic activations are for MatMul and Gemm, not {site.op}"
+        if plan.weight is None:
+            return None
+        if not isinstance(plan.weight.format, Int | UInt):
+            return f"ONNX has no form for {plan.weight.format}"
+        return None if plan.weight.bits <= 8 else f"{plan.weight.bits} bits are more than this target stores"
+
+    def compile(self, model: Model, folder: Path, progress: Progress) -> Compiled:
+        """Write `model.ort.onnx`, with its weights in a file of their own if they are large.
+
+        Raises:
+            PassRefused: if the model is not lowered.
+        """
+        if not model.lowered:
+            raise PassRefused("the model is not lowered", where=model.name, fix="run InsertQDQ before the backend")
+        form = fast_form(model.ir)
+        files = save(form.model, folder)
+        counts = optimized_operations(folder / FILE)
+        missing = unfused(counts, form.expected)
+        for operation, numbers in missing.items():
+            progress.note(f"{operation}: {numbers['found']} of {numbers['expected']} were fused by ONNX Runtime")
+        facts = {
+            "onnxruntime": ort.__version__,
+            "forms": form.forms,
+            "expected": dict(form.expected),
+            "operations": dict(counts.most_common()),
+            "unfused": missing,
+        }
+        return Compiled(files, tolerance(form), facts)
+
+    def load(self, folder: Path) -> OrtRunnable:
+        """A session on `model.ort.onnx`."""
+        return OrtRunnable.open(folder / FILE, session_options(self.threads))
+
+    def _plans(self, site: Site, width: int) -> list[SitePlan]:
+        product, conv = site.op in ("MatMul", "Gemm"), site.op == "Conv"
+        row = QuantSpec(Int(width), PerChannel())
+        if self.activations == "static" and (product or conv):
+            # Integer kernels need one symmetric scale a row; narrower codes are widened to int8 for them.
+            return [SitePlan(row, "static")]
+        mode: ActivationMode = "dynamic" if self.activations == "dynamic" and product else "float"
+        grouped: list[Granularity] = [PerGroup(g) for g in _GROUPS if g < site.columns]
+        if width == 8:
+            return [SitePlan(s, mode) for s in (row, *(QuantSpec(UInt(8), g, False) for g in grouped[:1]))]
+        forms = [PerChannel(), *grouped[:1]] if site.layout.startswith("conv") else grouped or [PerChannel()]
+        return [SitePlan(QuantSpec(UInt(width), form, False), mode) for form in forms]
+
+
+def fastest_form(model: ir.Model, folder: Path) -> Path:
+    """Write the fastest form that ONNX Runtime has of a lowered graph (for benchmarks); returns the file."""
+    save(fast_form(model).model, folder)
+    return folder / FILE
+
+
+def save(model: ir.Model, folder: Path) -> list[str]:
+    """Write a model as `model.ort.onnx`; returns the names of the files."""
+    held = (v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = DATA if sum(held) >= _LARGE else None
+    ir.save(model, folder / FILE, external_data=external)
+    return [FILE] if external is None else [FILE, DATA]
+
+
+def tolerance(form: FastForm) -> Tolerance:
+    """How far the fast form may be from the QDQ graph, by its least exact kernels."""
+    kinds = set(form.forms.values())
+    if any(kind.endswith("-int8") for kind in kinds):
+        return Tolerance(0.1, "MatMulNBits rounds activations to int8 block by block, the QDQ graph row by row")
+    if "integer" in kinds:
+        return Tolerance(0.05, "integer kernels round ties and biases otherwise: codes differ by one here and there")
+    return Tolerance(1e-3, "order of float32 sums")
