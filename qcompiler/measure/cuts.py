@@ -29,6 +29,7 @@ class Part:
         outputs: values made here that are needed later.
         before: all values that this or a later segment needs and that exist before this one.
         weights: initializers that its nodes depend on.
+        made: everything that its nodes compute.
     """
 
     sites: tuple[Site, ...]
@@ -36,6 +37,7 @@ class Part:
     outputs: tuple[str, ...]
     before: tuple[str, ...]
     weights: frozenset[str]
+    made: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def divide(graph: ir.Graph, sites: Sequence[Site], max_live: int, most_sites: in
         weights = frozenset(name for node in nodes for v in reads(node) for name in kinds.origins(v))
         out = tuple(sorted(made & needed))
         needed = (needed - made) | (read - made)
-        parts.append(Part(here, tuple(sorted(read - made)), out, tuple(sorted(needed)), weights))
+        parts.append(Part(here, tuple(sorted(read - made)), out, tuple(sorted(needed)), weights, frozenset(made)))
     return Chain(tuple(reversed(parts)), tuple(sorted(needed)), outputs)
 
 

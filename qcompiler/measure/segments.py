@@ -132,6 +132,7 @@ class Segment:
         index: its position.
         sites: the sites whose weight is first used here, in order.
         weights: names of all initializers that matter here; only these can be replaced.
+        made: names of all values that are computed here.
     """
 
     def __init__(self, model: ir.Model, chain: Chain, index: int, threads: int | None) -> None:
@@ -139,6 +140,7 @@ class Segment:
         self.index = index
         self.sites: tuple[Site, ...] = self._part.sites
         self.weights: frozenset[str] = self._part.weights
+        self.made: frozenset[str] = self._part.made
         self._after: tuple[str, ...] = chain.parts[index + 1].before if index + 1 < len(chain.parts) else chain.outputs
         self._sessions = _Sessions(model, threads, 3)
 
