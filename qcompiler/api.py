@@ -1,0 +1,202 @@
+"""What users call: `compile`, `load`, `capture`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompiler import registry
+from qcompiler.artifact import check_output, load_artifact
+from qcompiler.budget import bits_per_weight, parse_budget, stored_bytes
+from qcompiler.build.emit import emit
+from qcompiler.build.lowering import Lowering, lower
+from qcompiler.build.memory import expected_peak
+from qcompiler.build.recipe import Options, build_pipeline
+from qcompiler.build.samples import Samples, Source, feed_bytes, gather
+from qcompiler.capture.onnx import load_onnx
+from qcompiler.capture.torch import capture
+from qcompiler.measure.cache import Cache
+from qcompiler.model import Model
+from qcompiler.pipeline import PassReport, Pipeline
+from qcompiler.plan import Plan
+from qcompiler.progress import Progress, Silent
+from qcompiler.target import Feeds, Outputs
+
+if TYPE_CHECKING:
+    from qcompiler.calibration import Calibration
+
+__all__ = ["CompileResult", "capture", "compile", "load"]
+
+_SUMMARY = (
+    "artifact", "target", "budget", "bits_per_weight", "stored_bytes", "predicted_loss", "lower_bound", "gap",
+    "fidelity", "verified", "seconds", "peak_rss_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What came out of a compilation.
+
+    Attributes:
+        artifact: the folder; None after `explain`.
+        target: name of the backend.
+        budget: as given.
+        bits_per_weight: stored bits, scales and zero points counted, as a "bits" budget counts.
+        stored_bytes: of all constants, as a "MB" budget counts.
+        fp32_bytes: of the original's constants.
+        predicted_loss, lower_bound, gap: of the allocation; None for a plan made without a solver.
+        realised_loss: the same loss of the finished artifact on held-back data.
+        fidelity: sqnr_db, kl and top1_agreement against the original, on held-back data.
+        verified: the artifact was run in a fresh process and equals its QDQ reference.
+        seconds: wall time.
+        peak_rss_bytes: peak memory; after `explain` what is expected.
+        plan: the decisions.
+        reports: one a pass.
+    """
+
+    artifact: Path | None
+    target: str
+    budget: tuple[str, ...]
+    bits_per_weight: float
+    stored_bytes: int
+    fp32_bytes: int
+    predicted_loss: float | None
+    lower_bound: float | None
+    gap: float | None
+    realised_loss: float | None
+    fidelity: dict[str, float | None]
+    verified: bool
+    seconds: float
+    peak_rss_bytes: int
+    plan: Plan
+    reports: Sequence[PassReport] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """The object that `qcompile --json` prints."""
+        values = {name: getattr(self, name) for name in _SUMMARY}
+        artifact = None if self.artifact is None else str(self.artifact)
+        return values | {"artifact": artifact, "budget": list(self.budget)}
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run the artifact on one batch (see `Artifact.run`)."""
+        assert self.artifact is not None, "nothing was written"
+        return load_artifact(self.artifact).run(feeds)
+
+
+def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
+    model: Model | Path | str,
+    target: str = "cpu",
+    budget: str | Sequence[str] | None = None,
+    calibration: Calibration | Path | str | Iterable[Any] | None = None,
+    pipeline: Pipeline | Path | str | None = None,
+    keep: Sequence[str] = (),
+    output: Path | str | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    activations: str = "auto",
+    explain: bool = False,
+    progress: Progress | None = None,
+    preprocess: str | None = None,
+    tokenizer: Path | str | None = None,
+) -> CompileResult:
+    """Compile a model under a budget into a verified artifact.
+
+    Args:
+        model: an ONNX file, or what `load` or `capture` returned; it is not changed.
+        target: name of a backend: "cpu" or "onnx".
+        budget: "3.5bits" (average stored bits per weight) or "120MB", or several that hold together.
+        calibration: .npz or .npy, a folder of images, a text file, an iterable of feeds, a `Calibration`;
+            without any, the compiler makes inputs and accuracy suffers.
+        pipeline: name of a recipe, a TOML file or a `Pipeline`; by default the recipe that suits the model.
+        keep: patterns of sites that stay float; "embeddings" means all of them.
+        output: the folder to write; the model's name with ".qc" in the current folder by default.
+        seed: of everything random.
+        resume: keep measurements in $QCOMPILER_CACHE or ~/.cache/qcompiler, and go on from those that are there.
+        activations: "auto" (what the target does best), "float", "static" or "dynamic".
+        explain: stop after planning and write nothing.
+        progress: what long work reports to; nothing by default.
+        preprocess: how a folder of images becomes inputs (see `calibration.from_path`).
+        tokenizer: tokenizer.json that turns a text file into inputs.
+
+    Raises:
+        QcompilerError: bad input, infeasible budget, unwritable output, failed verification; one line each.
+    """
+    start = time.monotonic()
+    progress = progress or Silent()
+    options = _options(target, budget, keep, seed, activations)
+    registry.find("backends", target)
+    source = model if isinstance(model, Model) else load_onnx(Path(model))
+    out = Path(output) if output is not None else Path(f"{source.name}.qc")
+    if not explain:
+        check_output(out)
+    passes = build_pipeline(pipeline, source, options)
+    with open_cache(resume) as cache:
+        origin = Source(calibration, preprocess, None if tokenizer is None else Path(tokenizer))
+        samples = gather(origin, source, seed, progress)
+        work = source.clone()
+        work.calibration, work.cache = samples.used, cache
+        lowering = lower(work, passes, progress, only_plan=explain)
+        if explain:
+            return _explained(lowering, options, samples, start)
+        path = None if isinstance(model, Model) else Path(model)
+        manifest = emit(lowering, out, options, passes, samples, path, start, progress)
+    return _result(lowering, out, manifest)
+
+
+def load(path: Path | str) -> Any:
+    """Open an ONNX file as a `Model`, or a compiled folder as an `Artifact`.
+
+    Raises:
+        BadModel: it is neither, or broken.
+    """
+    path = Path(path)
+    return load_artifact(path) if path.is_dir() else load_onnx(path)
+
+
+def _options(
+    target: str, budget: str | Sequence[str] | None, keep: Sequence[str], seed: int, activations: str
+) -> Options:
+    budgets = (budget,) if isinstance(budget, str) else tuple(budget or ())
+    for text in budgets:
+        parse_budget(text)
+    given = {"target"} | ({"budget"} if budgets else set()) | ({"keep"} if keep else set())
+    given |= ({"seed"} if seed else set()) | ({"activations"} if activations != "auto" else set())
+    return Options(target, budgets, tuple(keep), seed, activations, frozenset(given))
+
+
+@contextmanager
+def open_cache(resume: bool) -> Generator[Cache]:
+    """The cache that outlives the run, or one that goes away with it."""
+    if resume:
+        folder = os.environ.get("QCOMPILER_CACHE") or Path.home() / ".cache" / "qcompiler"
+        yield Cache(Path(folder))
+        return
+    with tempfile.TemporaryDirectory(prefix="qcompiler-cache-") as folder:
+        yield Cache(Path(folder))
+
+
+def _explained(lowering: Lowering, options: Options, samples: Samples, start: float) -> CompileResult:
+    model, solution = lowering.rounded, lowering.rounded.plan.solution
+    batch = feed_bytes(next(iter(samples.used.batches(samples.batch, samples.batch))))
+    return CompileResult(
+        None, options.target, options.budget, bits_per_weight(model), stored_bytes(model),
+        stored_bytes(lowering.original, Plan()), solution.get("predicted_loss"), solution.get("lower_bound"),
+        solution.get("gap"), None, {"sqnr_db": None, "kl": None, "top1_agreement": None}, False,
+        time.monotonic() - start, expected_peak(model, batch), model.plan, lowering.reports,
+    )  # fmt: skip
+
+
+def _result(lowering: Lowering, out: Path, manifest: dict[str, Any]) -> CompileResult:
+    names = (
+        "target", "bits_per_weight", "stored_bytes", "fp32_bytes", "predicted_loss", "lower_bound", "gap",
+        "realised_loss", "fidelity", "seconds", "peak_rss_bytes",
+    )  # fmt: skip
+    values = {name: manifest[name] for name in names}
+    plan, budget = lowering.rounded.plan, tuple(manifest["budget"])
+    return CompileResult(artifact=out, budget=budget, verified=True, plan=plan, reports=lowering.reports, **values)

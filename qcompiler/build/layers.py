@@ -1,0 +1,62 @@
+"""Loss of single sites with their final codes, on data that no pass has seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.evaluate.fidelity import output_loss
+from qcompiler.graph.sites import Site
+from qcompiler.measure.segments import Segments
+from qcompiler.model import Model
+from qcompiler.progress import Progress
+from qcompiler.target import Feeds
+
+
+def weight_name(site: Site) -> str:
+    """The initializer that holds a site's weight."""
+    assert site.weight.name is not None
+    return site.weight.name
+
+
+def stored_weight(site: Site, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.generic]:
+    """A matrix [rows, columns] as the weight tensor, in the type that the graph has there."""
+    tensor = site.weight.const_value
+    assert tensor is not None
+    return site.from_matrix(matrix).astype(tensor.dtype.numpy())
+
+
+def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progress) -> dict[str, float]:
+    """The model's loss with one site's weight rounded and all others float.
+
+    Args:
+        model: rounded, its graph still float.
+        feeds: batches; losses are averaged over them.
+        seconds: stop measuring after this time; sites that it does not reach are left out.
+        progress: shows how far.
+
+    Returns:
+        Site name -> loss (KL for logits, else normalised squared error).
+    """
+    deadline = time.monotonic() + seconds
+    chain = Segments(model.ir)
+    total: dict[str, float] = {}
+    seen: dict[str, int] = {}
+    for feed in feeds:
+        reference = chain.run(chain.start(feed))
+        boundary = chain.start(feed)
+        for segment in progress.track(list(chain), "loss of single layers"):
+            for site in segment.sites:
+                if site.name in model.weights and time.monotonic() < deadline:
+                    change = {weight_name(site): stored_weight(site, model.weights[site.name].decode())}
+                    after = segment.run(boundary, change)
+                    outputs = chain.run(after, segment.index + 1, change)
+                    total[site.name] = total.get(site.name, 0.0) + float(output_loss(reference, outputs))
+                    seen[site.name] = seen.get(site.name, 0) + 1
+            if time.monotonic() >= deadline:
+                break
+            boundary = segment.run(boundary)
+    return {name: value / seen[name] for name, value in total.items()}

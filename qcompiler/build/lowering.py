@@ -1,0 +1,54 @@
+"""Run a pipeline and keep the model as it was just before lowering, where floats and codes lie side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qcompiler.errors import BadOption
+from qcompiler.model import Model
+from qcompiler.pipeline import PassReport, Pipeline
+from qcompiler.progress import Progress
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A model at the three stages that later steps compare.
+
+    Attributes:
+        original: as it came in.
+        rounded: transformed, planned and rounded, its graph still float.
+        lowered: the QDQ graph; None if the pipeline was stopped after planning.
+        reports: one a pass.
+    """
+
+    original: Model
+    rounded: Model
+    lowered: Model | None
+    reports: list[PassReport]
+
+
+def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bool = False) -> Lowering:
+    """Run the passes on a copy of `model`.
+
+    Args:
+        model: a float model with its calibration and cache.
+        pipeline: the passes.
+        progress: what the passes report to.
+        only_plan: stop as soon as there is a plan.
+
+    Raises:
+        BadOption: the pipeline ends without a lowered graph.
+        QcompilerError: whatever a pass raises.
+    """
+    work, rounded = model.clone(), model
+    reports: list[PassReport] = []
+    for item in pipeline.passes:
+        rounded = rounded if work.lowered else work.clone()
+        reports += replace(pipeline, passes=[item]).run(work, progress)
+        if only_plan and work.plan.sites:
+            return Lowering(model, work, None, reports)
+    if only_plan:
+        raise BadOption("the pipeline makes no plan", "--explain", "put 'allocate' or 'uniform' in the pipeline")
+    if not work.lowered:
+        raise BadOption("the pipeline does not lower the model", "--pipeline", "end it with the pass 'insert-qdq'")
+    return Lowering(model, rounded, work, reports)

@@ -1,0 +1,36 @@
+"""Peak memory: expected before the work, and as it was."""
+
+from __future__ import annotations
+
+import resource
+
+import psutil
+
+from qcompiler.graph.sites import find_sites
+from qcompiler.model import Model
+
+_PROGRAM = 450_000_000  # bytes: Python, ONNX Runtime and the libraries, measured on a model of a few kB
+
+
+def expected_peak(model: Model, samples_bytes: int) -> int:
+    """Expected peak resident bytes of compiling a model.
+
+    The sum of: the program itself; the weights once (the memory-mapped original) and once more for what the
+    transforms rewrite; the largest weight as float32 and its Gram matrix in float64 with factor and inverse
+    (GPTQ); and the samples of one batch with eight times their size for activations.
+
+    Args:
+        model: the float model.
+        samples_bytes: size of one batch of inputs.
+    """
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    sites = find_sites(model.ir)
+    gram = max((3 * 8 * s.columns**2 + 3 * 4 * s.count for s in sites if s.activation is not None), default=0)
+    return _PROGRAM + 2 * weights + gram + 9 * samples_bytes
+
+
+def realised_peak() -> int:
+    """Peak resident bytes of this process, or of the largest child on top of what this process holds now."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return max(own, int(psutil.Process().memory_info().rss) + child if child else 0)

@@ -1,0 +1,117 @@
+"""Which passes run: a recipe (passes/recipes/*.toml) by name, a TOML file, or a Pipeline, with the user's options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from qcompiler.errors import BadOption
+from qcompiler.graph.sites import find_sites
+from qcompiler.model import Model
+from qcompiler.pipeline import Pass, Pipeline
+
+ACTIVATIONS = ("auto", "float", "static", "dynamic")
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says about a compilation; handed to every pass that has an option of the same name.
+
+    Attributes:
+        target: name of a backend.
+        budget: amounts such as "3.5bits" or "120MB", which hold together.
+        keep: patterns of sites that stay float.
+        seed: of everything random.
+        activations: "auto" (what the target does best), "float", "static" or "dynamic".
+    """
+
+    target: str
+    budget: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    seed: int = 0
+    activations: str = "auto"
+    given: frozenset[str] = field(default_factory=frozenset[str])
+
+    def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            fix = f"choose one of {', '.join(ACTIVATIONS)}"
+            raise BadOption(f"unknown mode '{self.activations}'", "--activations", fix)
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with qcompiler."""
+    folder = resources.files("qcompiler.passes") / "recipes"
+    return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
+
+
+def build_pipeline(choice: str | Path | Pipeline | None, model: Model, options: Options) -> Pipeline:
+    """The pipeline to run, its passes filled with the options.
+
+    Args:
+        choice: name of a recipe, path of a TOML file, a Pipeline, or None for the recipe that suits the model.
+        model: the model to be compiled.
+        options: an option of the user wins over what a TOML file says about it.
+
+    Raises:
+        BadOption: no such recipe, or an option that no pass of the pipeline takes.
+    """
+    if choice is None:
+        choice = default_recipe(model)
+    pipeline = choice if isinstance(choice, Pipeline) else _load(str(choice))
+    return fill(pipeline, options)
+
+
+def default_recipe(model: Model) -> str:
+    """The recipe "convolutional" where convolutions hold most weights or most of the layers, else "transformer"."""
+    sites = find_sites(model.ir)
+    conv = [s for s in sites if s.op in _CONVOLUTIONS]
+    heavy = 2 * sum(s.count for s in conv) > sum(s.count for s in sites)
+    return "convolutional" if heavy or 2 * len(conv) > len(sites) else "transformer"
+
+
+def fill(pipeline: Pipeline, options: Options) -> Pipeline:
+    """Set `target`, `budget`, `keep`, `seed` and `activations` of every pass that has them."""
+    taken: set[str] = set()
+    passes: list[Pass] = []
+    for item in pipeline.passes:
+        known = {f.name: f for f in fields(item)}
+        values = {
+            name: _as_field(known[name], getattr(options, name))
+            for name in ("target", "budget", "keep", "seed", "activations")
+            if name in known and (name in options.given or getattr(item, name) == known[name].default)
+        }
+        values = {name: value for name, value in values.items() if value or name in options.given}
+        taken |= set(known) & options.given
+        passes.append(replace(item, **values))
+    left = sorted(options.given - taken - {"target", "seed"})
+    if left:
+        raise BadOption(
+            "no pass of this pipeline takes it", f"--{left[0]}", "drop it, or put 'allocate' in the pipeline"
+        )
+    return replace(pipeline, passes=passes)
+
+
+def _as_field(f: Field[Any], value: Any) -> Any:
+    """A tuple for a field of tuples; the only entry for a field that holds one."""
+    if isinstance(value, tuple) and not isinstance(f.default, tuple):
+        values: Sequence[Any] = value  # type: ignore[reportUnknownVariableType]
+        if len(values) > 1:
+            raise BadOption("this pipeline takes only one", f"--{f.name}", "give it once")
+        return values[0] if values else None
+    return value
+
+
+def _load(choice: str) -> Pipeline:
+    if choice in recipes():
+        text = (resources.files("qcompiler.passes") / "recipes" / f"{choice}.toml").read_text("utf-8")
+        return Pipeline.from_toml(text, f"recipe {choice}")
+    if not Path(choice).exists():
+        names = ", ".join(recipes())
+        raise BadOption(
+            f"there is no recipe and no file '{choice}'", "--pipeline", f"give a TOML file or one of {names}"
+        )
+    return Pipeline.load(Path(choice))

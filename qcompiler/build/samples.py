@@ -1,0 +1,105 @@
+"""The samples of a compilation: some to measure on, some held back to judge by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompiler.calibration import Calibration
+from qcompiler.model import Model
+from qcompiler.progress import Progress
+from qcompiler.target import Feeds
+
+_MOST_HELD = 64  # samples
+_FEW = 8  # verification inputs of each kind
+_BATCH_BYTES = 1 << 24  # of inputs; activations are many times larger
+_MOST_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where calibration data comes from, so that it can be had again.
+
+    Attributes:
+        data: a path, an iterable of feeds, a `Calibration`, or None for data that the compiler makes.
+        preprocess: what turns images into inputs.
+        tokenizer: what turns text into inputs.
+    """
+
+    data: Calibration | Path | str | Iterable[Any] | None
+    preprocess: str | None = None
+    tokenizer: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest remembers; `kind` is "path", "memory" or "made"."""
+        path = str(Path(self.data).resolve()) if isinstance(self.data, str | Path) else None
+        kind = "path" if path else "made" if self.data is None else "memory"
+        tokenizer = None if self.tokenizer is None else str(self.tokenizer.resolve())
+        return {"kind": kind, "path": path, "preprocess": self.preprocess, "tokenizer": tokenizer}
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> Source:
+        """The inverse, for the kinds "path" and "made"."""
+        tokenizer = entry["tokenizer"]
+        return Source(entry["path"], entry["preprocess"], None if tokenizer is None else Path(tokenizer))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration data in its two parts.
+
+    Attributes:
+        source: where it came from.
+        used: what passes may measure on.
+        held: what only fidelity and verification see.
+        random: inputs made at random within the inputs' types.
+        batch: samples a run.
+    """
+
+    source: Source
+    used: Calibration
+    held: Calibration
+    random: Calibration
+    batch: int
+
+    def feeds(self, part: Calibration, limit: int | None = _FEW) -> list[Feeds]:
+        """Some samples of a part, in batches."""
+        return list(part.batches(self.batch, limit))
+
+
+def gather(source: Source, model: Model, seed: int, progress: Progress) -> Samples:
+    """Read or make the samples and hold an eighth back, at least 2 of 4 or more, at most 64.
+
+    With fewer than 4 samples all of them are used and judged by: too few to spare one.
+
+    Raises:
+        BadData: the model cannot take them.
+    """
+    random = Calibration.synthetic_for(model.ir, _FEW, seed + 1)
+    whole = _read(source, model, seed)
+    if whole.warning:
+        progress.note(whole.warning)
+    count = whole.count
+    held = 0 if count < 4 else min(_MOST_HELD, max(2, math.ceil(count / 8)))
+    used, kept = (whole.take(count - held), whole.part(count - held, count)) if held else (whole, whole)
+    one = feed_bytes(next(iter(whole.batches(1, 1))))
+    return Samples(source, used, kept, random, max(1, min(_MOST_BATCH, _BATCH_BYTES // max(one, 1))))
+
+
+def feed_bytes(feeds: Feeds) -> int:
+    """Bytes of one batch of inputs."""
+    return sum(array.nbytes for array in feeds.values())
+
+
+def _read(source: Source, model: Model, seed: int) -> Calibration:
+    data = source.data
+    if data is None:
+        return Calibration.synthetic_for(model.ir, seed=seed)
+    if isinstance(data, Calibration):
+        return data
+    if isinstance(data, str | Path):
+        return Calibration.from_path(Path(data), model.ir, source.preprocess, source.tokenizer)
+    return Calibration.from_iterable(data, model.ir)

@@ -1,0 +1,1 @@
+"""One module a command of `qcompile`; what is slow to import is imported when the command runs."""

@@ -1,0 +1,117 @@
+"""`qcompile MODEL`: compile a model under a budget."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qcompiler.commands.output import brief, print_facts, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from qcompiler.api import CompileResult
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"qcompiler {version('qcompiler')}")
+        raise typer.Exit
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.", metavar="MODEL")],
+    target: Annotated[str, typer.Option(help="What the artifact runs on: cpu or onnx.")] = "cpu",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="B", help="3.5bits (average stored bits a weight) or 120MB; several hold together."),
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Calibration data: .npz, .npy, a folder of images, a text file."),
+    ] = None,
+    preprocess: Annotated[str | None, typer.Option(help="How images become inputs.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json that turns text into inputs.")] = None,
+    pipeline: Annotated[str | None, typer.Option(metavar="FILE", help="A TOML file or the name of a recipe.")] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Weights to leave float: globs on their names, or 'embeddings'."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT", help="Folder to write; MODEL's name with .qc.")
+    ] = None,
+    activations: Annotated[str, typer.Option(help="auto, float, static or dynamic.")] = "auto",
+    resume: Annotated[bool, typer.Option(help="Go on from earlier measurements in the cache.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    explain: Annotated[bool, typer.Option("--explain", help="Print plan and expected memory; write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Compile MODEL under a budget into a folder that runs, with a report that explains it."""
+    from qcompiler.api import compile as compile_model
+    from qcompiler.progress import Terminal
+
+    result = compile_model(
+        model, target, budget or [], calib, pipeline, keep or [], output, seed, resume, activations, explain,
+        Terminal(), preprocess, tokenizer,
+    )  # fmt: skip
+    if explain:
+        _print_plan(result)
+    if json:
+        print_json(result.summary())
+    elif not explain:
+        _print_summary(result)
+
+
+def _print_plan(result: CompileResult) -> None:
+    rows = [
+        [name, str(plan.weight) if plan.weight else "float", plan.activation]
+        for name, plan in result.plan.sites.items()
+    ]
+    print_table(["layer", "weights", "activations"], rows, left=3)
+    print_facts(
+        [
+            ("bits per weight", f"{result.bits_per_weight:.3f}"),
+            ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}"),
+            ("predicted loss", brief(result.predicted_loss)),
+            ("gap to the bound", brief(result.gap, ".2%")),
+            ("peak memory expected", size(result.peak_rss_bytes)),
+        ]
+    )
+
+
+def _print_summary(result: CompileResult) -> None:
+    print_table(["weights", "layers"], _by_format(result))
+    fidelity = result.fidelity
+    assert result.artifact is not None
+    ratio = result.fp32_bytes / max(result.stored_bytes, 1)
+    facts = [
+        ("bits per weight", f"{result.bits_per_weight:.3f}, scales counted"),
+        ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}, {ratio:.1f} times smaller"),
+        ("loss", f"{brief(result.realised_loss)} on held-back data, predicted {brief(result.predicted_loss)}"),
+        ("SQNR", f"{brief(fidelity['sqnr_db'], '.1f')} dB"),
+    ]
+    if fidelity["top1_agreement"] is not None:
+        facts.append(("same top-1 answer", f"{fidelity['top1_agreement']:.1%}, KL {brief(fidelity['kl'])}"))
+    if result.gap is not None:
+        facts.append(("gap to the bound", f"{result.gap:.2%}"))
+    facts += [
+        ("verified", f"in a fresh process, for target {result.target}"),
+        ("took", f"{result.seconds:.0f} s, peak memory {size(result.peak_rss_bytes)}"),
+        ("artifact", str(result.artifact)),
+        ("report", str(result.artifact / "report.html")),
+    ]
+    print_facts(facts)
+
+
+def _by_format(result: CompileResult) -> list[list[str]]:
+    """How many layers have each format, widest first."""
+    count: dict[tuple[int, str], int] = defaultdict(int)
+    for plan in result.plan.sites.values():
+        bits = plan.weight.bits if plan.weight else 32
+        form = str(plan.weight) if plan.weight else "float"
+        count[bits, form if plan.activation == "float" else f"{form}, {plan.activation} activations"] += 1
+    return [[form, str(number)] for (_, form), number in sorted(count.items(), reverse=True)]

@@ -1,0 +1,48 @@
+"""Samples from a file for an artifact, and arrays to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.errors import OutputError
+
+if TYPE_CHECKING:
+    from qcompiler.artifact import Artifact
+    from qcompiler.calibration import Calibration
+
+DEFAULT_BATCH = 8
+
+
+def read_samples(path: Path, artifact: Artifact) -> Calibration:
+    """Data for the inputs of an artifact, checked against them.
+
+    Raises:
+        BadData: what is wrong with it, where, and what the model wants.
+    """
+    import onnx_ir as ir
+
+    from qcompiler.calibration import Calibration
+
+    return Calibration.from_path(path, ir.load(artifact.reference))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write an .npz, all or nothing.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part.npz")
+    named: dict[str, Any] = dict(arrays)
+    try:
+        np.savez(part, **named)
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", str(path), "choose another file") from error
+    finally:
+        part.unlink(missing_ok=True)

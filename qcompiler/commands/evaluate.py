@@ -1,0 +1,45 @@
+"""`qcompile eval`: how close an artifact is to the original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcompiler.commands.output import brief, print_facts, print_json
+
+
+def command(
+    artifact: Annotated[Path, typer.Argument(help="A compiled folder.", metavar="OUT")],
+    data: Annotated[Path, typer.Option(metavar="X.npz", help="Arrays named as the inputs, samples first.")],
+    reference: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="The original, where the remembered file is gone.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Samples a run.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Compare a compiled model with the original on data: SQNR, KL, top-1 agreement."""
+    from qcompiler.artifact import load_artifact
+    from qcompiler.artifact.original import original_of
+    from qcompiler.build.judge import figures
+    from qcompiler.commands.data import DEFAULT_BATCH, read_samples
+    from qcompiler.evaluate.fidelity import output_loss
+    from qcompiler.measure.runner import Runner
+    from qcompiler.progress import Terminal
+
+    loaded = load_artifact(artifact)
+    samples = read_samples(data, loaded)
+    runner = Runner(original_of(loaded, reference).ir)
+    feeds = list(samples.batches(batch or DEFAULT_BATCH))
+    pairs = [(runner(feed), loaded.run(feed)) for feed in Terminal().track(feeds, "evaluating")]
+    truth, outputs = samples.join([pair[0] for pair in pairs]), samples.join([pair[1] for pair in pairs])
+    found = figures(truth, outputs)
+    loss = float(output_loss(truth, outputs))
+    if json:
+        print_json({"artifact": str(artifact), "samples": samples.count, "loss": loss, "fidelity": found})
+        return
+    facts = [("samples", str(samples.count)), ("loss", brief(loss)), ("SQNR", f"{brief(found['sqnr_db'], '.2f')} dB")]
+    if found["top1_agreement"] is not None:
+        facts += [("KL", brief(found["kl"])), ("same top-1 answer", f"{found['top1_agreement']:.2%}")]
+    print_facts(facts)

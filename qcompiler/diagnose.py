@@ -1,0 +1,178 @@
+"""Which layer is at fault: each layer's error alone, the error as it adds up, and what one more bit would give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.artifact import Artifact
+from qcompiler.artifact.original import original_of
+from qcompiler.build.layers import alone, stored_weight, weight_name
+from qcompiler.build.lowering import Lowering, lower
+from qcompiler.build.samples import Source, gather
+from qcompiler.errors import BadModel
+from qcompiler.evaluate.fidelity import output_loss
+from qcompiler.formats.fit import quantize
+from qcompiler.graph.sites import Site
+from qcompiler.measure.cache import Cache
+from qcompiler.measure.segments import Segments
+from qcompiler.model import Model
+from qcompiler.pipeline import Pipeline
+from qcompiler.progress import Progress
+from qcompiler.target import Feeds, Outputs
+
+Weights = Mapping[str, npt.NDArray[Any]]
+_WIDEST = 8  # bits
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What one layer does to the model's output.
+
+    All losses are those of the model (KL for logits, else normalised squared error) against its own float outputs
+    on the given data.
+
+    Attributes:
+        name: of the site.
+        format: of its weight.
+        alone: loss with only this layer's weight quantized.
+        accumulated: loss with this layer and all before it quantized.
+        one_more_bit: how much the loss with all layers quantized falls if this weight gets one more bit (rounded to
+            nearest); None at 8 bits.
+        bytes_for_it: what that bit costs.
+    """
+
+    name: str
+    format: str
+    alone: float
+    accumulated: float
+    one_more_bit: float | None
+    bytes_for_it: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All layers in graph order, and the whole.
+
+    Attributes:
+        layers: one entry a quantized site.
+        weights: loss with all weights quantized and activations float.
+        artifact: loss of the artifact itself, activations included.
+    """
+
+    layers: Sequence[LayerError]
+    weights: float
+    artifact: float
+
+
+def rebuild(artifact: Artifact, reference: Path | None, cache: Cache, progress: Progress) -> Lowering:
+    """Repeat the passes that made an artifact, to have floats and codes side by side again.
+
+    Measurements come from the cache where they are still there.
+
+    Raises:
+        BadModel: the original is gone, calibration data was never a file, or the result is not the artifact's.
+    """
+    manifest, where = artifact.manifest, str(artifact.folder)
+    entry = manifest["calibration"]
+    if entry["kind"] == "memory":
+        fix = "compile with calibration data from a file"
+        raise BadModel("its calibration data was not a file, so its passes cannot be repeated", where, fix)
+    model = original_of(artifact, reference)
+    samples = gather(Source.from_json(entry), model, manifest["seed"], progress)
+    if samples.used.fingerprint != entry["fingerprint"]:
+        raise BadModel(f"the calibration data {entry['path']} was changed since", where, "compile again")
+    model.calibration, model.cache = samples.used, cache
+    lowering = lower(model, Pipeline.from_toml(manifest["pipeline"]), progress)
+    assert lowering.lowered is not None
+    if _codes(lowering.lowered.ir) != _codes(ir.load(artifact.reference)):
+        raise BadModel("its passes give another result now than when it was made", where, "compile again")
+    return lowering
+
+
+def _codes(model: ir.Model) -> str:
+    """A hash of all constants by name."""
+    values = sorted((str(name), v.const_value) for name, v in model.graph.initializers.items() if v.const_value)
+    return Cache.key(*[part for pair in values for part in pair])
+
+
+def diagnose(artifact: Artifact, model: Model, feeds: Sequence[Feeds], progress: Progress) -> Diagnosis:
+    """Measure every layer.
+
+    Args:
+        artifact: its own loss is measured too.
+        model: rounded, its graph still float (`rebuild(...).rounded`).
+        feeds: batches of inputs; losses are averaged over them.
+        progress: shows how far.
+    """
+    single = alone(model, feeds, float("inf"), progress)
+    adding: dict[str, float] = dict.fromkeys(single, 0.0)
+    gains: dict[str, float] = {}
+    weights = whole = 0.0
+    chain = Segments(model.ir)
+    sites = [site for site in chain.sites if site.name in single]
+    for feed in feeds:
+        truth = chain.run(chain.start(feed))
+        _accumulate(chain, model, feed, truth, adding, progress)
+        all_rounded = {weight_name(s): stored_weight(s, model.weights[s.name].decode()) for s in sites}
+        full = float(output_loss(truth, chain.run(chain.start(feed), 0, all_rounded)))
+        _one_more(chain, model, feed, truth, full, all_rounded, gains, progress)
+        weights += full
+        whole += float(output_loss(truth, artifact.run(feed)))
+    count = len(feeds)
+    rows = [
+        _row(s, model, single[s.name], adding[s.name] / count, gains[s.name] / count if s.name in gains else None)
+        for s in sites
+    ]
+    return Diagnosis(rows, weights / count, whole / count)
+
+
+def _row(site: Site, model: Model, alone_: float, accumulated: float, gain: float | None) -> LayerError:
+    spec = model.weights[site.name].spec
+    cost = None
+    if gain is not None:
+        wider = spec.with_bits(spec.bits + 1)
+        cost = (wider.stored_bits(site.rows, site.columns) - spec.stored_bits(site.rows, site.columns)) // 8
+    return LayerError(site.name, str(spec), alone_, accumulated, gain, cost)
+
+
+def _accumulate(
+    chain: Segments, model: Model, feed: Feeds, truth: Outputs, total: dict[str, float], progress: Progress
+) -> None:
+    """Quantize one layer after the other, in graph order, and add the loss after each to `total`."""
+    boundary, done = chain.start(feed), dict[str, npt.NDArray[Any]]()
+    for segment in progress.track(list(chain), "accumulated error"):
+        own = {weight_name(s): stored_weight(s, s.matrix()) for s in segment.sites if s.name in total}
+        for site in segment.sites:
+            if site.name in total:
+                done[weight_name(site)] = stored_weight(site, model.weights[site.name].decode())
+                outputs = chain.run(segment.run(boundary, {**own, **done}), segment.index + 1, done)
+                total[site.name] += float(output_loss(truth, outputs))
+        boundary = segment.run(boundary, {**own, **done})
+
+
+def _one_more(
+    chain: Segments, model: Model, feed: Feeds, truth: Outputs, full: float, rounded: Weights,
+    gains: dict[str, float], progress: Progress,
+) -> None:  # fmt: skip
+    """Add to `gains` how much the loss falls for one more bit, everything else staying quantized."""
+    boundary = chain.start(feed)
+    for segment in progress.track(list(chain), "one more bit"):
+        for site in segment.sites:
+            codes = model.weights.get(site.name)
+            if codes is None or codes.spec.bits >= _WIDEST:
+                continue
+            wider = quantize(site.matrix(), codes.spec.with_bits(codes.spec.bits + 1)).decode()
+            change = {**rounded, weight_name(site): stored_weight(site, wider)}
+            outputs = chain.run(segment.run(boundary, change), segment.index + 1, change)
+            gains[site.name] = gains.get(site.name, 0.0) + full - float(output_loss(truth, outputs))
+        boundary = segment.run(boundary, rounded)
