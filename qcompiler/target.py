@@ -53,7 +53,11 @@ class Runnable(Protocol):
 
 
 class Backend(Protocol):
-    """A target: frozen data and four verbs."""
+    """A target: frozen data and four verbs.
+
+    It may have a field `activations` ("float", "static" or "dynamic": what its candidates should ask for) and a
+    field `ties` ("none", "inputs" or "adds": which sites must share one plan, see `graph.topology.tie_groups`).
+    """
 
     name: str
 

@@ -13,7 +13,7 @@ from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused, Refusal
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
 from qcompiler.model import Model
-from qcompiler.passes.plan.candidates import Activations, Menu, menu, site_bits
+from qcompiler.passes.plan.candidates import Activations, Menu, menu, site_bits, target_for
 from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import Plan, SitePlan
@@ -80,11 +80,11 @@ class Allocate(Pass):
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.plan`."""
-        backend: Backend = registry.find("backends", self.target)()
+        mode = _ACTIVATIONS[self.activations]
+        backend = target_for(self.target, mode)
         sites = find_sites(model.ir)
         kept = kept_sites(sites, self.keep)
         free = [site for site in sites if site.name not in kept]
-        mode = _ACTIVATIONS[self.activations]
         menus = [menu(backend, site, self.bits, self.group_sizes, mode) for site in free]
         menus, groups, refused = _tied(menus, self._tie_names(backend, model, free))
         ledger = Ledger.of(model, sites, menus, kept)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from qcompiler import registry
 from qcompiler.errors import Refusal
 from qcompiler.formats import PerGroup, QuantSpec
 from qcompiler.formats.fit import quantize
@@ -31,6 +32,14 @@ class Menu:
     def bits(self) -> list[int]:
         """Stored bits of every option."""
         return [site_bits(self.site, plan) for plan in self.plans]
+
+
+def target_for(name: str, activations: Activations) -> Backend:
+    """The target by name; one that has a say in activations (a field of that name) is told what is wanted."""
+    target: Callable[..., Backend] = registry.find("backends", name)
+    if activations != "auto" and "activations" in getattr(target, "__dataclass_fields__", ()):
+        return target(activations=activations)
+    return target()
 
 
 def menu(
@@ -87,6 +96,9 @@ def _with_activations(
 ) -> tuple[list[SitePlan], tuple[Refusal, ...]]:
     if activations == "auto":
         return offered, ()
+    if getattr(backend, "activations", None) == activations:  # it was told, so this is its answer
+        served = site.activation is None or any(plan.activation == activations for plan in offered)
+        return offered, () if served else (Refusal(site.name, f"no {activations} activations on this target"),)
     wanted = [replace(plan, activation=activation_for(site, activations)) for plan in offered]
     reasons = [backend.supports(site, plan) for plan in wanted]
     usable = [plan for plan, reason in zip(wanted, reasons, strict=True) if reason is None]

@@ -29,7 +29,7 @@ from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Progress, Silent
 from qcompiler.target import Compiled, Runnable
 
-WIDTHS = {"q": 64, "k": 32, "v": 32, "out": 64, "wide": 256}
+FIND = registry.find
 
 
 def model() -> Model:
@@ -337,6 +337,29 @@ def test_uniform_gives_everyone_the_same_and_says_where_it_cannot(monkeypatch: p
 def test_uniform_refuses_meaningless_options(options: dict[str, Any]) -> None:
     with pytest.raises(BadOption):
         Uniform(**options)
+
+
+@dataclass
+class Asked(Target):
+    """A target that is told which activations are wanted, and has static ones for q only."""
+
+    activations: str = "float"
+
+    def candidates(self, site: Site, bits: Sequence[int]) -> list[SitePlan]:
+        static = self.activations == "static" and site.name == "q"
+        return [SitePlan(QuantSpec(Int(b), PerChannel()), "static" if static else "float") for b in bits]
+
+
+def test_a_target_that_has_a_say_in_activations_is_told_and_believed(
+    measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        registry, "find", lambda kind, name, find=FIND: Asked if kind == "backends" else find(kind, name)
+    )
+    done, report = run(Allocate("5bits", activations="static"))
+    assert {n: p.activation for n, p in done.plan.sites.items() if p.activation != "float"} == {"q": "static"}
+    assert [r.where for r in report.refused] == ["k", "v", "out", "wide"]
+    assert all("no static activations" in r.reason for r in report.refused)
 
 
 def test_menu_names_the_fastest_activation_once_a_format() -> None:
