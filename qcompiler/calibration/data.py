@@ -72,7 +72,9 @@ class Calibration:
         if path.suffix == ".npy":
             inputs = [str(v.name) for v in model.graph.inputs]
             if len(inputs) != 1:
-                raise BadData(f"a .npy file holds one array, the model has the inputs {', '.join(inputs)}", where, "use .npz")
+                raise BadData(
+                    f"a .npy file holds one array, the model has the inputs {', '.join(inputs)}", where, "use .npz"
+                )
             return Calibration.from_arrays({inputs[0]: read_npy(path)}, model, where)
         if tokenizer is None:
             raise BadData(

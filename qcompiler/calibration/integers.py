@@ -11,7 +11,9 @@ from qcompiler.calibration.validate import dims
 
 Role = Literal["tokens", "positions", "types", "mask", "codes"]
 # Operations that hand integers on unchanged, from their first input.
-_CARRIERS = frozenset({"Cast", "Unsqueeze", "Squeeze", "Reshape", "Identity", "Flatten", "Expand", "Transpose", "Slice"})
+_CARRIERS = frozenset(
+    {"Cast", "Unsqueeze", "Squeeze", "Reshape", "Identity", "Flatten", "Expand", "Transpose", "Slice"}
+)
 _FEW = 16  # a table with no more rows than this distinguishes kinds of tokens
 
 

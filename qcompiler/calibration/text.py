@@ -46,7 +46,9 @@ def token_windows(path: Path, tokenizer: Path, model: ir.Model) -> dict[str, npt
     windows = _windows(_read(path), tokenizer, _fixed_length(model, ids[0].name), where)
     if int(windows.max()) >= ids[0].size:
         raise BadData(
-            f"holds token {int(windows.max())}, the model knows {ids[0].size}", str(tokenizer), "give the model's own tokenizer"
+            f"holds token {int(windows.max())}, the model knows {ids[0].size}",
+            str(tokenizer),
+            "give the model's own tokenizer",
         )
     return {role.name: companion(role, windows) for role in roles}
 

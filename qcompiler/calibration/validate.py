@@ -199,7 +199,9 @@ def _cast(name: str, array: Array, dtype: np.dtype[Any]) -> Array:
     if dtype.kind in "iu" and array.size:
         bounds = np.iinfo(dtype)
         if array.min() < bounds.min or array.max() > bounds.max:
-            raise BadData(f"'{name}' holds integers that {dtype} cannot", fix=f"keep them in {bounds.min}..{bounds.max}")
+            raise BadData(
+                f"'{name}' holds integers that {dtype} cannot", fix=f"keep them in {bounds.min}..{bounds.max}"
+            )
     return array.astype(dtype)
 
 

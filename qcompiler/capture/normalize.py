@@ -123,9 +123,27 @@ def _simplify(model: ir.Model) -> None:
         common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),
         common.OutputFixPass(),
+    )(model)
+    _give_subgraphs_their_outputs(model)
+    ir.passes.Sequential(
         common.NameFixPass(),
         common.ShapeInferencePass(check_type=False, strict_mode=False),
     )(model)
+
+
+def _give_subgraphs_their_outputs(model: ir.Model) -> None:
+    """Put back the Identity by which a branch returns a value from outside: removing it is invalid there."""
+    for graph in model.graphs():
+        if graph is model.graph:
+            continue
+        for index, value in enumerate(graph.outputs):
+            producer = value.producer()
+            if (producer is None or producer.graph is not graph) and not value.is_initializer():
+                copy = ir.node("Identity", [value])
+                copy.outputs[0].name = f"{value.name}_returned"
+                copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+                graph.append(copy)
+                graph.outputs[index] = copy.outputs[0]
 
 
 def _should_fold(node: ir.Node) -> bool | None:
