@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import onnx
+from tvm import ir as tvm_ir
 from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
@@ -27,7 +28,7 @@ def import_model(model: onnx.ModelProto) -> Any:
 def _our_converters() -> Iterator[None]:
     original = onnx_frontend._get_convert_map
     ours = {"QcRows": Rows, "QcMatMul": Product, "QcGather": Lookup, "QcConv": Convolution}
-    onnx_frontend._get_convert_map = lambda: {**original(), **ours, "Expand": Expand}
+    onnx_frontend._get_convert_map = lambda: {**original(), **ours, "Range": Range}
     try:
         yield
     finally:
@@ -52,19 +53,14 @@ def _call(bb: Any, name: bytes | str, inputs: list[Expr], types: list[tuple[list
     return bb.emit(relax.op.call_dps_packed(symbol, inputs, made if len(made) > 1 else made[0]))
 
 
-def _flatten(bb: Any, x: Expr) -> tuple[Expr, Expr]:
-    """[..., K] -> [m, K] and m."""
-    *lead, last = _dims(x)
-    rows = _product(lead)
-    return bb.emit(relax.op.reshape(x, [rows, last])), rows
-
-
 class Rows(onnx_frontend.OnnxOpConverter):
     """QcRows: rows quantized to int8 (codes, scales, sums), or padded."""
 
     @classmethod
     def _impl_v1(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], _params: Any) -> Expr:
-        flat, rows = _flatten(bb, inputs[0])
+        *lead, last = _dims(inputs[0])
+        rows = _product(lead)
+        flat = bb.emit(relax.op.reshape(inputs[0], [rows, last]))
         width = int(attr["columns"])
         if not attr["integer"]:
             return _call(bb, attr["kernel"], [flat], [([rows, width], "float32")])
@@ -113,13 +109,21 @@ class Convolution(onnx_frontend.OnnxOpConverter):
         return bb.emit(relax.op.squeeze(y, axis=[2])) if rank == 1 else y
 
 
-class Expand(onnx_frontend.OnnxOpConverter):
-    """Expand whose data has a shape that only normalization finds."""
+class Range(onnx_frontend.OnnxOpConverter):
+    """Range from 0 to a dimension of the model: its length is that dimension, not a new unknown."""
 
     @classmethod
-    def _impl_v13(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], params: Any) -> Expr:
-        inputs[0] = bb.normalize(inputs[0])
-        return _THEIR_EXPAND(bb, inputs, attr, params)
+    def _impl_v11(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], params: Any) -> Expr:
+        start, limit, step = inputs
+        if tvm_ir.is_prim_expr(limit) and _integer(start) == 0 and _integer(step) == 1:
+            return relax.op.arange(0, limit, 1, "int64")
+        return _THEIR_RANGE(bb, inputs, attr, params)
 
 
-_THEIR_EXPAND = onnx_frontend.Expand._impl_v13
+def _integer(value: Expr) -> int | None:
+    """The value of a constant integer scalar."""
+    constant = value.value.numpy() if isinstance(value, tvm_ir.GenericConst) else None
+    return int(constant.item()) if constant is not None and constant.dtype.kind == "i" else None
+
+
+_THEIR_RANGE = onnx_frontend.Range._impl_v12
