@@ -124,14 +124,15 @@ def site_bits(site: Site, plan: SitePlan | None) -> int:
 
 
 def stored_constants(model: ir.Model) -> Iterator[tuple[ir.Value | None, int]]:
-    """Every constant that the file stores, with its bytes: initializers (with their value) and Constant nodes."""
+    """Every constant of the graph and its subgraphs, with its bytes: initializers (with their value), Constant nodes.
+
+    The bodies of functions are program text, as nodes are, and are not counted.
+    """
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield value, value.const_value.nbytes
-        yield from ((None, bits) for node in graph for bits in _constant_bytes(node))
-    for function in model.functions.values():
-        yield from ((None, bits) for node in function for bits in _constant_bytes(node))
+        yield from ((None, size) for node in graph for size in _constant_bytes(node))
 
 
 def _constant_bytes(node: ir.Node) -> Iterator[int]:
