@@ -136,4 +136,6 @@ def _dynamic(node: ir.Node) -> list[ir.Value]:
 
 def _same_width(a: ir.Value, b: ir.Value) -> bool:
     """A broadcast over leading axes is still a term of the sum (position embeddings)."""
-    return bool(a.shape and b.shape) and a.shape[-1] == b.shape[-1]
+    if not a.shape or not b.shape:
+        return False
+    return a.shape[-1] == b.shape[-1]

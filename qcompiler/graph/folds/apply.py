@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,23 +25,23 @@ def scale(model: ir.Model, region: Region, start: Labels, s: Floats) -> None:
         return _spread(region.classes, labels, numbers, 1.0) ** -sign
 
     changes: dict[ir.Value, Floats] = {}
-    for edit, constant in _targets(model, region):
+    for edit in _own_edits(model.graph, region):
+        constant = edit.constant.value
         array = changes.get(constant, _read(constant)) + edit.constant.offset
         changes[constant] = array * factor(edit.labels, edit.sign) - edit.constant.offset
     _commit(changes)
-    for node, mark in region.clips.items():
-        _per_channel_clip(model.graph, node, mark, factor(mark.labels, mark.sign))
 
 
 def shift(model: ir.Model, region: Region, start: Labels, d: Floats) -> None:
-    """d [channels] is subtracted from the started value."""
+    """The started value loses d [channels]."""
     numbers = _by_class(region.classes, start, d)
 
     def moved(labels: Labels) -> Floats:
         return _spread(region.classes, labels, numbers, 0.0)
 
     changes: dict[ir.Value, Floats] = {}
-    for edit, constant in _targets(model, region):
+    for edit in _own_edits(model.graph, region):
+        constant = edit.constant.value
         changes[constant] = changes.get(constant, _read(constant)) - edit.sign * moved(edit.labels)
     for node, labels in region.biases.items():
         bias = _new_bias(model.graph, node, labels.size)
@@ -52,9 +53,7 @@ def shift(model: ir.Model, region: Region, start: Labels, d: Floats) -> None:
     _commit(changes)
 
 
-def permute(
-    model: ir.Model, region: Region, start: Labels, ties: Labels, order: npt.NDArray[np.int64]
-) -> None:
+def permute(model: ir.Model, region: Region, start: Labels, ties: Labels, order: npt.NDArray[np.int64]) -> None:
     """Channel c of the started value becomes what channel order[c] was."""
     roots = region.classes.roots(start).reshape(-1)
     moved = order != np.arange(len(order))
@@ -64,7 +63,8 @@ def permute(
     for labels, blocks in region.blocks:
         _check_blocks(region.classes.roots(labels), blocks, target)
     changes: dict[ir.Value, Floats] = {}
-    for edit, constant in _targets(model, region):
+    for edit in _own_edits(model.graph, region):
+        constant = edit.constant.value
         array = changes.get(constant, _read(constant))
         changes[constant] = _reordered(array, region.classes.roots(edit.labels), target)
     _commit(changes)
@@ -95,23 +95,22 @@ def _spread(classes: Classes, labels: Labels, numbers: Mapping[int, float], defa
     return found[inverse].reshape(labels.shape)
 
 
-def _targets(model: ir.Model, region: Region) -> list[tuple[Edit, ir.Value]]:
-    """The edits with the initializers to change: private copies where a vector is shared."""
-    own: dict[tuple[ir.Node, int], ir.Value] = {}
-    found: list[tuple[Edit, ir.Value]] = []
-    for edit in region.edits.values():
-        key = (edit.node, edit.index)
-        if edit.constant.shared and key not in own:
-            own[key] = _private_copy(model.graph, edit.constant)
-            edit.node.replace_input_with(edit.index, own[key])
-        found.append((edit, own.get(key, edit.constant.value)))
-    return found
-
-
-def _private_copy(graph: ir.Graph, constant: Constant) -> ir.Value:
-    tensor = constant.value.const_value
-    assert tensor is not None
-    return _register(graph, f"{constant.value.name}_own", tensor.numpy(), tensor.dtype)
+def _own_edits(graph: ir.Graph, region: Region) -> list[Edit]:
+    """The edits of a region, after every shared vector has got a private copy and every Clip constants."""
+    for node, mark in region.clips.items():
+        for user in _per_channel_clip(graph, node, mark):
+            constant = Constant(user.inputs[1], 0.0, False, "", True)  # type: ignore[arg-type]
+            region.edits[user, 1, "data"] = Edit(constant, user, 1, mark.labels, mark.sign)
+    region.clips.clear()
+    own: dict[tuple[ir.Node, int], Constant] = {}
+    for key, edit in region.edits.items():
+        place = (edit.node, edit.index)
+        if edit.constant.shared and place not in own:
+            copy = _own(graph, edit.node, edit.index)
+            own[place] = replace(edit.constant, value=copy, shared="")
+        if place in own:
+            region.edits[key] = replace(edit, constant=own[place])
+    return list(region.edits.values())
 
 
 def _register(graph: ir.Graph, name: str, array: npt.NDArray[Any], dtype: ir.DataType) -> ir.Value:
@@ -150,8 +149,7 @@ def _reordered(array: Floats, roots: Labels, target: Mapping[int, int]) -> Float
     axis = axes[-1]
     lines = np.moveaxis(roots, axis, -1)
     if len(axes) > 1 and not np.array_equal(lines, np.broadcast_to(lines[(0,) * (lines.ndim - 1)], lines.shape)):
-        flat = [k for k in axes]
-        raise BadOption(f"a permutation along axes {flat} of one constant is not possible")
+        raise BadOption(f"a permutation along axes {axes} of one constant is not possible")
     line = lines[(0,) * (lines.ndim - 1)]
     places: dict[int, list[int]] = {}
     for position, root in enumerate(line.tolist()):
@@ -173,26 +171,24 @@ def _check_blocks(roots: Labels, blocks: Labels, target: Mapping[int, int]) -> N
         raise BadOption("the permutation moves a channel to another head", fix="permute within heads")
 
 
-def _per_channel_clip(graph: ir.Graph, node: ir.Node, mark: Mark, factor: Floats) -> None:
-    """Clip(x, low, high) -> Min(Max(x, low * factor), high * factor)."""
-    source, old = node.inputs[0], node.outputs[0]
-    bounds = [_bound(node, k) for k in (1, 2)]
-    dtype = source.dtype if source is not None and source.dtype is not None else ir.DataType.FLOAT
-    current = source
-    for op, bound in (("Max", bounds[0]), ("Min", bounds[1])):
-        if not np.isfinite(bound):
-            continue
-        limit = _register(graph, f"{old.name}_{op.lower()}", np.asarray(bound * factor), dtype)
-        new = ir.node(op, [current, limit])
-        new.outputs[0].name = f"{limit.name}_of"
-        new.outputs[0].type, new.outputs[0].shape = old.type, old.shape
-        graph.insert_before(node, new)
-        current = new.outputs[0]
+def _per_channel_clip(graph: ir.Graph, node: ir.Node, mark: Mark) -> list[ir.Node]:
+    """Clip(x, low, high) -> Min(Max(x, lows), highs), with a bound for each channel."""
+    current, old = node.inputs[0], node.outputs[0]
+    dtype = old.dtype or ir.DataType.FLOAT
+    new: list[ir.Node] = []
+    for op, bound in (("Max", _bound(node, 1)), ("Min", _bound(node, 2))):
+        if np.isfinite(bound):
+            limit = _register(graph, f"{old.name}_{op.lower()}", np.full(mark.labels.shape, bound), dtype)
+            new.append(ir.node(op, [current, limit]))
+            current = new[-1].outputs[0]
+            current.name, current.type, current.shape = f"{limit.name}_out", old.type, old.shape
+            graph.insert_before(node, new[-1])
     assert current is not None
     name = old.name
     old.replace_all_uses_with(current)
     graph.remove(node, safe=True)
-    current.name = name
+    old.name, current.name = f"{name}_before", name
+    return new
 
 
 def _bound(node: ir.Node, index: int) -> float:

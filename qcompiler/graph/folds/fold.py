@@ -124,9 +124,7 @@ class Fold:
         """[channels]: which may be transformed at all."""
         return self.ties >= 0
 
-    def tied(
-        self, s: npt.ArrayLike, how: Callable[[Floats], float] | None = None, fixed: float = 1.0
-    ) -> Floats:
+    def tied(self, s: npt.ArrayLike, how: Callable[[Floats], float] | None = None, fixed: float = 1.0) -> Floats:
         """The numbers nearest to `s` that respect the ties.
 
         Args:
@@ -240,9 +238,7 @@ def _explore(
         if len(choices) == _CHOICES:
             region.pin(labels, f"too many products lead to {label(undecided.node)}")
             return region, labels
-        tries = [
-            _explore(graph, value, shape, kind, insert, {**choices, undecided.node: k}) for k in range(2)
-        ]
+        tries = [_explore(graph, value, shape, kind, insert, {**choices, undecided.node: k}) for k in range(2)]
         return max(tries, key=lambda found: int((_ties(*found)[0] >= 0).sum()))
     return region, labels
 

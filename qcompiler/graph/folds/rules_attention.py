@@ -124,9 +124,7 @@ def rotary(region: Region, node: ir.Node) -> None:
         heads = _flag(node, "num_heads")
         if heads == 0:
             raise Unfit(f"the number of heads of {label(node)} is unknown")
-    _rotary_ties(
-        region, _split(mark.labels, heads), _flag(node, "interleaved"), _flag(node, "rotary_embedding_dim")
-    )
+    _rotary_ties(region, _split(mark.labels, heads), _flag(node, "interleaved"), _flag(node, "rotary_embedding_dim"))
 
 
 def _flag(node: ir.Node, name: str) -> int:
@@ -139,7 +137,5 @@ def _rotary_ties(region: Region, split: Labels, interleaved: int, turned: int) -
     part = split[:, :turned]
     if part.shape[1] < 2:
         return
-    first, second = (
-        (part[:, 0::2], part[:, 1::2]) if interleaved else (part[:, : turned // 2], part[:, turned // 2 :])
-    )
+    first, second = (part[:, 0::2], part[:, 1::2]) if interleaved else (part[:, : turned // 2], part[:, turned // 2 :])
     region.classes.tie(first, second)

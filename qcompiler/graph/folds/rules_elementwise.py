@@ -23,7 +23,9 @@ def alike(region: Region, node: ir.Node, inputs: Sequence[int]) -> None:
         if mark is not None:
             region.mark(out, mark.labels, mark.sign)
     result = region.get(out)
-    for index in inputs if result is not None else ():
+    if result is None:
+        return
+    for index in inputs:
         value = node.inputs[index]
         if region.kind == "permute" and value is not None and _same_for_all(value, result.labels):
             continue

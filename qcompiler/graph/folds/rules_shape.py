@@ -181,13 +181,11 @@ def _look_up(region: Region, node: ir.Node) -> None:
         kept = [k for k in range(result.labels.ndim) if k not in places]
         labels = region.classes.only(result.labels, kept)
         shape = [labels.shape[k] for k in kept]
-        region.put(node, 0, labels.reshape(shape[:axis] + [1] + shape[axis:]), result.sign, "table")
+        region.put(node, 0, labels.reshape([*shape[:axis], 1, *shape[axis:]]), result.sign, "table")
     elif source is not None:
         labels = region.classes.only(source.labels, [k for k in range(rank) if k != axis])
         shape = list(labels.shape)
-        region.mark(
-            node.outputs[0], labels.reshape(shape[:axis] + [1] * extra + shape[axis + 1 :]), source.sign
-        )
+        region.mark(node.outputs[0], labels.reshape([*shape[:axis], *[1] * extra, *shape[axis + 1 :]]), source.sign)
 
 
 def spatial(region: Region, node: ir.Node) -> None:

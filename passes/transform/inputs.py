@@ -1,0 +1,97 @@
+"""What transforms of activations have in common: which values they may change, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.errors import BadOption, PassRefused, Refusal
+from qcompiler.graph.folds import Fold, find_fold
+from qcompiler.graph.sites import find_sites
+from qcompiler.measure.statistics import channel_statistics
+from qcompiler.measure.stream import activations
+from qcompiler.model import Model
+
+Floats = npt.NDArray[np.float64]
+
+
+def require_float(model: Model, *, data: bool) -> None:
+    """Transforms change float weights, so they come before rounding.
+
+    Raises:
+        PassRefused: codes exist already, or data is needed and there is none.
+    """
+    if model.lowered or model.weights:
+        raise PassRefused("the weights are rounded already", model.name, "put transforms before rounding")
+    if data and model.calibration is None:
+        raise PassRefused("it needs calibration data", model.name, "give --calib")
+
+
+def layer_inputs(model: Model) -> dict[ir.Value, int]:
+    """The values that layers with weights read, in topological order, each with its channel axis."""
+    found: dict[ir.Value, int] = {}
+    for site in find_sites(model.ir):
+        axis = 1 if site.op in ("Conv", "ConvTranspose") else -1
+        found |= {value: axis for value in site.activations if value not in found}
+    return found
+
+
+def after_norm(fold: Fold) -> str | None:
+    """None if only gains and biases of norms absorb the transform, else why not."""
+    if any(edit.is_weight for edit in fold.writers):
+        return "a layer produces it, not a norm"
+    return None
+
+
+def find_folds(
+    model: Model, values: Mapping[ir.Value, int], accept: Callable[[Fold], str | None], *, insert: bool = False
+) -> tuple[list[Fold], list[Refusal]]:
+    """The folds on some values, each part of the graph once; and why the other values have none."""
+    folds: list[Fold] = []
+    refused: list[Refusal] = []
+    covered: set[ir.Value] = set()
+    for value, axis in values.items():
+        if value in covered:
+            continue
+        found = find_fold(model.ir, value, axis=axis, insert=insert)
+        reason = accept(found) if isinstance(found, Fold) else found.reason
+        if isinstance(found, Fold) and reason is None:
+            folds.append(found)
+            covered |= found.region.marks.keys()
+        else:
+            refused.append(Refusal(value.name or "?", reason or ""))
+    return folds, refused
+
+
+def channel_reach(model: Model, folds: list[Fold], percentile: float) -> dict[str, Floats]:
+    """[channels] a value: the largest |x| of each channel, or a percentile of it, mean over batches.
+
+    Raises:
+        BadOption: the percentile isn't in (0, 100].
+    """
+    if not 0 < percentile <= 100:
+        raise BadOption(f"a percentile of {percentile} does not exist", fix="give more than 0, at most 100")
+    axes = {fold.value.name or "": fold.axis for fold in folds}
+    if percentile == 100:
+        return {name: s.absmax for name, s in channel_statistics(model, list(axes), axes).items()}
+    total: dict[str, Floats] = {}
+    count: dict[str, int] = {}
+    for name, array in _arrays(model, axes):
+        rows = np.abs(np.moveaxis(array, axes[name], -1)).reshape(-1, array.shape[axes[name]])
+        total[name] = total.get(name, 0.0) + np.percentile(rows, percentile, axis=0)
+        count[name] = count.get(name, 0) + 1
+    return {name: total[name] / count[name] for name in total}
+
+
+def _arrays(model: Model, axes: Mapping[str, int]) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    for batch in activations(model, list(axes)):
+        yield from batch.items()
+
+
+def spread(reach: Floats) -> float:
+    """How far the largest channel stands out: max / median over the channels that are not dead."""
+    alive = reach[reach > 0]
+    return float(alive.max() / np.median(alive)) if alive.size else 1.0

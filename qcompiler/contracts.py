@@ -1,0 +1,179 @@
+"""Hold EXACT passes to their word: the same function before and after, in float32, outliers included.
+
+Both graphs run in ONNX Runtime on a few calibration samples and on the same samples with outliers: some
+channels of float inputs, and of what integer inputs look up, are a hundred times larger. Where rounding alone
+moves the output of the old graph by more than the bound (weights jittered in their last bit), that is the
+bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.calibration import Calibration
+from qcompiler.errors import ContractViolated
+from qcompiler.measure.runner import Runner
+from qcompiler.model import Model
+
+if TYPE_CHECKING:
+    from qcompiler.pipeline import Pass, PassReport
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+BOUND = 1e-5  # max|y - y'| / max|y|
+_NOISE = 16.0  # times what one last bit in every weight does
+_SAMPLES = 2
+_OUTLIERS = 100.0
+
+
+def checked(pass_: Pass, model: Model, run: Callable[[], PassReport]) -> PassReport:
+    """Run an EXACT pass and compare the graph with what it was.
+
+    Raises:
+        ContractViolated: names the pass, the output, and the first value after which nothing agrees any more.
+    """
+    before = model.ir.clone()
+    report = run()
+    feeds = _samples(model)
+    name = type(pass_).registered_name()
+    _compare(name, before, model.ir, feeds, "")
+    points = _look_ups(before, model.ir, feeds)
+    loud = {k: _louder(v) if v.dtype.kind == "f" else v for k, v in feeds.items()}
+    _compare(name, _with_outliers(before, points), _with_outliers(model.ir, points), loud, " on outliers")
+    return report
+
+
+def _samples(model: Model) -> Feeds:
+    data = model.calibration or Calibration.synthetic_for(model.ir, _SAMPLES)
+    return next(iter(data.batches(_SAMPLES, _SAMPLES)))
+
+
+def _louder(array: Array) -> Array:
+    """Some channels a hundred times larger: of axis 1 for images, else of the last axis."""
+    axis = 1 if array.ndim == 4 else -1
+    if array.ndim < 2:
+        return array
+    factor = _outlier_factors(array.shape[axis])
+    return array * (factor.reshape(-1, 1, 1) if axis == 1 else factor).astype(array.dtype)
+
+
+def _outlier_factors(channels: int) -> npt.NDArray[np.float32]:
+    factors = np.ones(channels, np.float32)
+    count = min(4, max(1, channels // 4))
+    factors[np.random.default_rng(0).choice(channels, count, replace=False)] = _OUTLIERS
+    return factors
+
+
+def _look_ups(before: ir.Model, after: ir.Model, feeds: Feeds) -> list[str]:
+    """Embeddings that both graphs compute alike: everything behind them may be fed with outliers."""
+    found = [
+        node.outputs[0].name or ""
+        for node in before.graph
+        if node.op_type == "Gather" and node.inputs[0] is not None and _is_table(node.inputs[0])
+    ]
+    there = {value.name for node in after.graph for value in node.outputs}
+    names = [name for name in found if name in there]
+    if not names:
+        return []
+    old, new = _run(before, feeds, names), _run(after, feeds, names)
+    return [name for name in names if _difference(old[name], new[name]) <= BOUND]
+
+
+def _is_table(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2
+
+
+def _with_outliers(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """A copy in which some values are multiplied channel by channel; the same factors for every copy."""
+    wanted = set(names)
+    if not wanted:
+        return model
+    copy = model.clone()
+    for node in list(copy.graph):
+        value = node.outputs[0]
+        if value.name not in wanted:
+            continue
+        assert node.inputs[0] is not None
+        assert node.inputs[0].const_value is not None
+        width = int(node.inputs[0].const_value.numpy().shape[-1])
+        factors = ir.val(f"{value.name}/outliers", const_value=ir.tensor(_outlier_factors(width)))
+        copy.graph.register_initializer(factors)
+        users = list(value.uses())
+        product = ir.node("Mul", [value, factors])
+        product.outputs[0].name = f"{value.name}/loud"
+        product.outputs[0].type, product.outputs[0].shape = value.type, value.shape
+        copy.graph.insert_after(node, product)
+        for user, index in users:
+            user.replace_input_with(index, product.outputs[0])
+    return copy
+
+
+def _run(model: ir.Model, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    return Runner(model, outputs=outputs)(feeds)
+
+
+def _compare(name: str, before: ir.Model, after: ir.Model, feeds: Feeds, when: str) -> None:
+    old, new = _run(before, feeds), _run(after, feeds)
+    if set(old) != set(new):
+        raise ContractViolated(f"pass '{name}' changed the outputs of the graph")
+    worst = max(old, key=lambda key: _difference(old[key], new[key]), default=None)
+    if worst is None or _difference(old[worst], new[worst]) <= BOUND:
+        return
+    jittered = _run(_jittered(before), feeds)
+    for key in old:
+        found, noise = _difference(old[key], new[key]), _difference(old[key], jittered[key])
+        bound = max(BOUND, _NOISE * noise)
+        if found > bound:
+            where = _first_difference(before, after, feeds, bound)
+            what = f"pass '{name}' changed the function{when}: '{key}' differs by {found:.1e} (bound {bound:.1e})"
+            raise ContractViolated(what, where, "this is a bug of the pass; leave it out of the pipeline")
+
+
+def _difference(a: Array, b: Array) -> float:
+    """max|a - b| / max|a|; for integers the share of entries that differ, less one in a hundred."""
+    if a.shape != b.shape:
+        return np.inf
+    if a.size == 0:
+        return 0.0
+    if a.dtype.kind != "f":
+        return max(0.0, float(np.mean(a != b)) - 0.01)
+    good = np.isfinite(a)
+    if not np.array_equal(good, np.isfinite(b)):
+        return np.inf
+    wide, other = a[good].astype(np.float64), b[good].astype(np.float64)
+    if wide.size == 0:
+        return 0.0
+    return float(np.abs(wide - other).max() / max(float(np.abs(wide).max()), 1e-30))
+
+
+def _jittered(model: ir.Model) -> ir.Model:
+    """A copy whose float weights are wrong by about one last bit."""
+    copy, rng = model.clone(), np.random.default_rng(0)
+    for value in copy.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype == ir.DataType.FLOAT:
+            array = tensor.numpy()
+            noise = rng.choice(np.array([-1, 0, 1], np.float32), array.shape) * np.float32(2**-23)
+            value.const_value = ir.tensor(array + array * noise, name=value.name)
+    return copy
+
+
+def _first_difference(before: ir.Model, after: ir.Model, feeds: Feeds, bound: float) -> str:
+    """The value from which on nothing agrees any more: what a pass moves on purpose agrees again later."""
+    old_names = {v.name for node in before.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT}
+    common = [v for node in after.graph for v in node.outputs if v.name in old_names]
+    names = [v.name for v in common if v.name is not None]
+    old, new = _run(before, feeds, names), _run(after, feeds, names)
+    agrees = [_difference(old[name], new[name]) <= bound for name in names]
+    last = max((k for k, same in enumerate(agrees) if same), default=-1)
+    if last + 1 == len(names):
+        return "model"
+    value = common[last + 1]
+    node = value.producer()
+    return f"'{value.name}'" + ("" if node is None else f" of {node.op_type} '{node.name}'")
