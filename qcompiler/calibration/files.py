@@ -18,6 +18,17 @@ from qcompiler.errors import BadData
 Array = npt.NDArray[Any]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _MAX_ARRAYS = 1024
+# What zipfile and numpy raise on damaged, encrypted or exotic archives.
+_BROKEN = (
+    OSError,
+    ValueError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
 
 
 def is_images(folder: Path) -> bool:
@@ -67,7 +78,7 @@ def read_npz(path: Path) -> dict[str, Array]:
                     raise BadData(f"holds '{name}' twice", where)
                 arrays[name] = _member(path, archive, member, room)
                 room -= 0 if isinstance(arrays[name], np.memmap) else arrays[name].nbytes
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError) as error:  # fmt: skip
+    except _BROKEN as error:
         raise BadData(f"cannot be read as .npz ({error})", where, "save it with numpy.savez") from error
     return arrays
 

@@ -120,9 +120,7 @@ def _floats(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     return (total / total.std()).astype(np.float32)
 
 
-def _text(
-    model: ir.Model, roles: list[IntegerInput], run: Run, rows: int, rng: np.random.Generator
-) -> Feeds | None:
+def _text(model: ir.Model, roles: list[IntegerInput], run: Run, rows: int, rng: np.random.Generator) -> Feeds | None:
     """Self-generated text if this is a causal language model of free length: token ids in, logits out."""
     tokens = [r for r in roles if r.role == "tokens"]
     if len(tokens) != 1 or len(roles) != len(model.graph.inputs):

@@ -18,7 +18,12 @@ def tensor(name: str, *shape: int) -> onnx.TensorProto:
     return onnx.numpy_helper.from_array(RNG.standard_normal(shape, np.float32), name)
 
 
-def model(nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto], opset: int = 21, x: tuple[int | str, ...] = ("n", 200)) -> onnx.ModelProto:  # fmt: skip
+def model(
+    nodes: list[onnx.NodeProto],
+    weights: list[onnx.TensorProto],
+    opset: int = 21,
+    x: tuple[int | str, ...] = ("n", 200),
+) -> onnx.ModelProto:
     graph = oh.make_graph(
         nodes, "g", [oh.make_tensor_value_info("x", FLOAT, x)], [oh.make_tensor_value_info("y", FLOAT, None)], weights
     )

@@ -207,7 +207,9 @@ def test_every_attack_is_refused_with_one_line(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("edit", "kind"), [(nan, "NaN"), (infinite, "infinity")])
-def test_weights_that_are_not_finite_are_named(edit: Callable[[onnx.ModelProto], None], kind: str, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_named(
+    edit: Callable[[onnx.ModelProto], None], kind: str, tmp_path: Path
+) -> None:
     with pytest.raises(BadModel, match=f"weight 'w' holds {kind}"):
         load_onnx(edited(edit)(tmp_path))
 
@@ -215,7 +217,8 @@ def test_weights_that_are_not_finite_are_named(edit: Callable[[onnx.ModelProto],
 def test_a_mask_of_infinities_is_no_fault(tmp_path: Path) -> None:
     mask = onnx.numpy_helper.from_array(np.full((1, 300), -np.inf, np.float32), "mask")
     proto = m.model(
-        [oh.make_node("MatMul", ["x", "w"], ["a"]), oh.make_node("Add", ["a", "mask"], ["y"])], [m.tensor("w", 200, 300), mask]
+        [oh.make_node("MatMul", ["x", "w"], ["a"]), oh.make_node("Add", ["a", "mask"], ["y"])],
+        [m.tensor("w", 200, 300), mask],
     )
     assert "mask" in load_onnx(m.saved(proto, tmp_path)).graph.initializers
 

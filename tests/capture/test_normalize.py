@@ -51,7 +51,11 @@ def batchnorm(name: str, channels: int) -> list[onnx.TensorProto]:
 @pytest.mark.parametrize("opset", [11, 12, 13, 15, 17, 18, 20, 21, 23, 26])
 def test_every_opset_is_brought_to_at_least_21(opset: int, tmp_path: Path) -> None:
     axes = [] if opset < 13 else [onnx.numpy_helper.from_array(np.array([1]), "axes")]
-    squeeze = oh.make_node("Unsqueeze", ["a"], ["b"], axes=[1]) if opset < 13 else oh.make_node("Unsqueeze", ["a", "axes"], ["b"])
+    squeeze = (
+        oh.make_node("Unsqueeze", ["a"], ["b"], axes=[1])
+        if opset < 13
+        else oh.make_node("Unsqueeze", ["a", "axes"], ["b"])
+    )
     nodes = [oh.make_node("MatMul", ["x", "w"], ["a"]), squeeze, oh.make_node("Softmax", ["b"], ["y"], axis=2)]
     captured = assert_same(m.model(nodes, [m.tensor("w", 200, 300), *axes], opset), tmp_path)
     assert captured.opset_imports[""] == max(opset, 21)
@@ -124,14 +128,18 @@ def test_functions_are_inlined(tmp_path: Path) -> None:
 
 def test_unknown_operations_pass_through(tmp_path: Path) -> None:
     for opset in (13, 21):
-        proto = m.model([oh.make_node("Magic", ["x"], ["a"], domain="some.vendor"), oh.make_node("Relu", ["a"], ["y"])], [], opset)
+        proto = m.model(
+            [oh.make_node("Magic", ["x"], ["a"], domain="some.vendor"), oh.make_node("Relu", ["a"], ["y"])], [], opset
+        )
         proto.opset_import.append(oh.make_opsetid("some.vendor", 1))
         assert ops(load_onnx(m.saved(proto, tmp_path)).ir) == {"Magic": 1, "Relu": 1}
 
 
 def test_module_paths_name_anonymous_weights_and_traces_go(tmp_path: Path) -> None:
     proto = m.linear()
-    proto.graph.node[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'model', 'model.layers.0.q', 'linear']")
+    proto.graph.node[0].metadata_props.add(
+        key="pkg.torch.onnx.name_scopes", value="['', 'model', 'model.layers.0.q', 'linear']"
+    )
     proto.graph.node[0].metadata_props.add(key="pkg.torch.onnx.stack_trace", value="/home/someone/secret.py")
     proto.metadata_props.add(key="ort_config", value="{}")
     captured = assert_same(proto, tmp_path)
