@@ -97,7 +97,7 @@ def bench(
     inputs = feeds or next(Calibration.synthetic_for(load_onnx(path).ir, batch).batches(batch, batch))
     with tempfile.TemporaryDirectory(prefix="qcompiler-bench-") as folder:
         contestants: dict[str, Callable[[Feeds], Any]] = {
-            "artifact": artifact.run,
+            "artifact": artifact.runnable.run,
             "ort_fp32": _session(path, threads),
             "ort_qdq": _session(artifact.reference, threads),
         }

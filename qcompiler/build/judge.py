@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompiler.artifact import REFERENCE, FreshProcess, compare
 from qcompiler.artifact.verify import check
-from qcompiler.build.samples import Samples
-from qcompiler.evaluate.fidelity import fidelity, output_loss
+from qcompiler.build.samples import FEW, Samples
+from qcompiler.build.score import Score, rows
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
 from qcompiler.progress import Progress
-from qcompiler.target import Feeds, Outputs, Tolerance
+from qcompiler.target import Feeds, Tolerance
 
-_MOST_BYTES = 256_000_000  # of outputs that are kept to compare
+_MOST_BYTES = 256_000_000  # of the outputs of each kind of inputs
+HELD_BACK = "held back"
 
 
 @dataclass(frozen=True)
@@ -47,54 +47,33 @@ def judge(
         VerificationFailed: it does not run, or differs from its reference by more than the tolerance.
     """
     progress.note("verifying in a fresh process")
-    runner = Runner(original.ir)
-    held, expected, count = _within(samples, runner)
-    kinds = {"calibration": samples.feeds(samples.used), "random": samples.feeds(samples.random), "held back": held}
-    feeds = [feed for part in kinds.values() for feed in part]
-    reference = Runner(ir.load(folder / REFERENCE))
-    results = iter(FreshProcess(target, folder).run(feeds))
+    truth, reference = Runner(original.ir), Runner(ir.load(folder / REFERENCE))
+    kinds = _inputs(samples, truth)
+    results = FreshProcess(target, folder).run([feed for part in kinds.values() for feed in part])
     verification: list[dict[str, Any]] = []
-    got: list[Outputs] = []
+    score = Score()
     for kind, part in kinds.items():
-        entry: dict[str, Any] = {
-            "inputs": kind,
-            "samples": count if part is held else _rows(part),
-            "relative": 0.0,
-            "output": "",
-        }
+        entry: dict[str, Any] = {"inputs": kind, "samples": rows(part), "relative": 0.0, "output": ""}
         for feed in part:
             outputs = next(results)
             comparison = compare(outputs, reference(feed))
             check(comparison, tolerance, f"on {kind} inputs")
             if comparison.relative >= entry["relative"]:
                 entry |= {"relative": comparison.relative, "output": comparison.output}
-            if part is held:
-                got.append(outputs)
+            if kind == HELD_BACK:
+                score.add(feed, truth(feed), outputs)
         verification.append(entry)
-    whole, truth = samples.held.join(got), samples.held.join(expected)
-    return Judgement(verification, figures(truth, whole), float(output_loss(truth, whole)), count)
+    return Judgement(verification, score.fidelity, score.loss, score.samples)
 
 
-def figures(reference: Outputs, outputs: Outputs) -> dict[str, float | None]:
-    """Fidelity with None where a figure is not finite (an exact copy has no SQNR)."""
-    found = fidelity(reference, outputs)
-    values = {name: found.get(name) for name in ("sqnr_db", "kl", "top1_agreement")}
-    return {name: None if v is None or not np.isfinite(v) else float(v) for name, v in values.items()}
-
-
-def _within(samples: Samples, runner: Runner) -> tuple[list[Feeds], list[Outputs], int]:
-    """Held-back batches whose outputs together stay within a bound, the original's outputs, and the samples."""
-    feeds: list[Feeds] = []
-    outputs: list[Outputs] = []
-    size = 0
-    for feed in samples.held.batches(samples.batch):
-        if feeds and size >= _MOST_BYTES:
-            break
-        feeds.append(feed)
-        outputs.append(runner(feed))
-        size += sum(array.nbytes for array in outputs[-1].values())
-    return feeds, outputs, _rows(feeds)
-
-
-def _rows(feeds: list[Feeds]) -> int:
-    return sum(next((len(a) for a in feed.values() if a.ndim), 1) for feed in feeds)
+def _inputs(samples: Samples, truth: Runner) -> dict[str, list[Feeds]]:
+    """Batches of each kind, as many as keep the outputs, which wait on disk, within bounds."""
+    one = sum(array.nbytes for array in truth(next(samples.used.batches(1, 1))).values())
+    batch = max(1, min(samples.batch, _MOST_BYTES // 8 // max(one, 1)))
+    most = max(1, _MOST_BYTES // max(one, 1))
+    few, held = min(FEW, most), min(samples.held.count, most)
+    return {
+        "calibration": list(samples.used.batches(batch, few)),
+        "random": list(samples.random.batches(batch, few)),
+        HELD_BACK: list(samples.held.batches(batch, held)),
+    }

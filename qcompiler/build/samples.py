@@ -14,7 +14,7 @@ from qcompiler.progress import Progress
 from qcompiler.target import Feeds
 
 _MOST_HELD = 64  # samples
-_FEW = 8  # verification inputs of each kind
+FEW = 8  # verification inputs of each kind
 _BATCH_BYTES = 1 << 24  # of inputs; activations are many times larger
 _MOST_BATCH = 8
 
@@ -65,7 +65,7 @@ class Samples:
     random: Calibration
     batch: int
 
-    def feeds(self, part: Calibration, limit: int | None = _FEW) -> list[Feeds]:
+    def feeds(self, part: Calibration, limit: int | None = FEW) -> list[Feeds]:
         """Some samples of a part, in batches."""
         return list(part.batches(self.batch, limit))
 
@@ -78,7 +78,7 @@ def gather(source: Source, model: Model, seed: int, progress: Progress) -> Sampl
     Raises:
         BadData: the model cannot take them.
     """
-    random = Calibration.synthetic_for(model.ir, _FEW, seed + 1)
+    random = Calibration.synthetic_for(model.ir, FEW, seed + 1)
     whole = _read(source, model, seed)
     if whole.warning:
         progress.note(whole.warning)

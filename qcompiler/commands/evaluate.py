@@ -22,9 +22,8 @@ def command(
     """Compare a compiled model with the original on data: SQNR, KL, top-1 agreement."""
     from qcompiler.artifact import load_artifact
     from qcompiler.artifact.original import original_of
-    from qcompiler.build.judge import figures
+    from qcompiler.build.score import Score
     from qcompiler.commands.data import DEFAULT_BATCH, read_samples
-    from qcompiler.evaluate.fidelity import output_loss
     from qcompiler.measure.runner import Runner
     from qcompiler.progress import Terminal
 
@@ -32,14 +31,18 @@ def command(
     samples = read_samples(data, loaded)
     runner = Runner(original_of(loaded, reference).ir)
     feeds = list(samples.batches(batch or DEFAULT_BATCH))
-    pairs = [(runner(feed), loaded.run(feed)) for feed in Terminal().track(feeds, "evaluating")]
-    truth, outputs = samples.join([pair[0] for pair in pairs]), samples.join([pair[1] for pair in pairs])
-    found = figures(truth, outputs)
-    loss = float(output_loss(truth, outputs))
+    score = Score()
+    for feed in Terminal().track(feeds, "evaluating"):
+        score.add(feed, runner(feed), loaded.run(feed))
+    found = score.fidelity
     if json:
-        print_json({"artifact": str(artifact), "samples": samples.count, "loss": loss, "fidelity": found})
+        print_json({"artifact": str(artifact), "samples": score.samples, "loss": score.loss, "fidelity": found})
         return
-    facts = [("samples", str(samples.count)), ("loss", brief(loss)), ("SQNR", f"{brief(found['sqnr_db'], '.2f')} dB")]
+    facts = [
+        ("samples", str(score.samples)),
+        ("loss", brief(score.loss)),
+        ("SQNR", f"{brief(found['sqnr_db'], '.2f')} dB"),
+    ]
     if found["top1_agreement"] is not None:
         facts += [("KL", brief(found["kl"])), ("same top-1 answer", f"{found['top1_agreement']:.2%}")]
     print_facts(facts)
