@@ -1,0 +1,138 @@
+"""The numerical core of GPTQ: round columns one by one, let the rest make up for the error.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023.
+Scales are fixed before the columns are put in order ("static groups"), so codes go back to their places and
+no group index is stored. A problem is a batch of `blocks` independent ones (the groups of a convolution): the
+matrix [rows, columns] is seen as [blocks, rows / blocks, columns], each block with its own Hessian.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from qcompiler.formats import QuantSpec, spread
+from qcompiler.formats.base import Floats
+
+Order = Literal["diagonal", "natural"]
+_BLOCK = 64  # columns between two updates of all later columns
+_RETRIES = 8
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What GPTQ needs of a Hessian.
+
+    Attributes:
+        hessian: float32 [blocks, columns, columns], damped, in the natural order of the columns.
+        order: int [blocks, columns], the column that is rounded first, second, ...
+        upper: float32 [blocks, columns, columns], U with U^T U = inverse of the ordered Hessian.
+        damping: what was added to the diagonal, relative to its mean.
+    """
+
+    hessian: Floats
+    order: npt.NDArray[np.intp]
+    upper: Floats
+    damping: float
+
+
+def factorize(gram: npt.NDArray[Any], damping: float = 0.01, order: Order = "diagonal") -> Factor:
+    """Damp a Gram matrix of inputs, choose an order, and factorize its inverse.
+
+    Args:
+        gram: sum or mean of x x^T, [columns, columns] or [blocks, columns, columns].
+        damping: share of the mean diagonal that is added to it; ten times as much after a failure.
+        order: "diagonal" rounds the columns of the largest inputs first.
+
+    Raises:
+        ValueError: the Gram matrix is not finite.
+    """
+    gram = np.atleast_3d(np.asarray(gram, np.float64).T).T if np.ndim(gram) == 2 else np.asarray(gram, np.float64)
+    if not np.isfinite(gram).all():
+        raise ValueError("the Gram matrix holds NaN or infinity")
+    hessian = (gram + gram.transpose(0, 2, 1)) / 2
+    diagonal = np.einsum("bii->bi", hessian)  # a view: writing to it writes to the Hessian
+    mean = diagonal.mean(1, keepdims=True)
+    diagonal += np.where(diagonal <= 0, np.where(mean > 0, mean, 1), 0)  # dead columns: any value does
+    keys = -diagonal if order == "diagonal" else np.zeros_like(diagonal)
+    places = np.argsort(keys, axis=1, kind="stable")
+    mean = diagonal.mean(1, keepdims=True)
+    for attempt in range(_RETRIES):
+        diagonal += mean * (damping * 10.0**attempt)
+        upper = _inverse_factor(
+            np.take_along_axis(np.take_along_axis(hessian, places[:, :, None], 1), places[:, None, :], 2)
+        )
+        if upper is not None:
+            return Factor(hessian.astype(np.float32), places, upper, damping * 10.0**attempt)
+    raise ValueError("the Gram matrix stays indefinite however it is damped")
+
+
+def _inverse_factor(hessian: npt.NDArray[np.float64]) -> Floats | None:
+    """Upper U with U^T U = H^-1, by the Cholesky factor of H read backwards: H = R R^T, U = R^-1."""
+    try:
+        lower = np.linalg.cholesky(hessian[:, ::-1, ::-1])
+    except np.linalg.LinAlgError:
+        return None
+    upper, identity = np.empty(hessian.shape, np.float32), np.eye(hessian.shape[-1])
+    for index, block in enumerate(lower):
+        upper[index] = scipy.linalg.solve_triangular(block[::-1, ::-1], identity, check_finite=False)
+    return upper if np.isfinite(upper).all() else None
+
+
+def gptq_round(matrix: Floats, factor: Factor, spec: QuantSpec, scale: Floats, zero: Floats | None) -> npt.NDArray[Any]:
+    """Codes [rows, columns] for given scales and zero points [scale rows, groups].
+
+    Minimises tr((W - Q) H (W - Q)^T) greedily. Rows do not depend on each other.
+    """
+    blocks, columns = factor.order.shape
+    shape = (blocks, matrix.shape[0] // blocks, columns)
+    places = factor.order.T[:, :, None]
+
+    def ordered(values: Floats) -> Floats:  # [rows, columns] -> [columns, blocks, rows / blocks]
+        wide = np.broadcast_to(values, matrix.shape).reshape(shape).transpose(2, 0, 1)
+        return np.take_along_axis(wide, np.broadcast_to(places, wide.shape), 0)
+
+    work = ordered(np.asarray(matrix, np.float32))
+    scales = ordered(spread(scale, spec, columns))
+    zeros = None if zero is None else ordered(spread(zero, spec, columns))
+    codes = np.empty(work.shape, spec.format.encode(work[:0], scales[:0], None).dtype)
+    for first in range(0, columns, _BLOCK):
+        last = min(first + _BLOCK, columns)
+        errors = _round_block(work, factor.upper, codes, scales, zeros, spec, slice(first, last))
+        if last < columns:
+            later = factor.upper[:, first:last, last:].transpose(0, 2, 1) @ errors.transpose(1, 0, 2)
+            work[last:] -= later.transpose(1, 0, 2)
+    back = np.empty_like(codes)
+    np.put_along_axis(back, np.broadcast_to(places, codes.shape), codes, 0)
+    return np.ascontiguousarray(back.transpose(1, 2, 0).reshape(matrix.shape))
+
+
+def _round_block(
+    work: Floats,
+    upper: Floats,
+    codes: npt.NDArray[Any],
+    scales: Floats,
+    zeros: Floats | None,
+    spec: QuantSpec,
+    block: slice,
+) -> Floats:
+    """Round the columns of a block in turn; returns their errors / U_ii, [block, blocks, rows / blocks]."""
+    errors = np.empty_like(work[block])
+    fmt = spec.format
+    for i in range(block.start, block.stop):
+        zero = None if zeros is None else zeros[i]
+        codes[i] = fmt.encode(work[i], scales[i], zero)
+        error = (work[i] - fmt.decode(codes[i], scales[i], zero)) / upper[:, i, i, None]
+        errors[i - block.start] = error
+        work[i + 1 : block.stop] -= upper[:, i, i + 1 : block.stop].T[:, :, None] * error
+    return errors
+
+
+def hessian_loss(error: Floats, hessian: Floats) -> npt.NDArray[np.float64]:
+    """e^T H e of each row: error [rows, columns], hessian [blocks, columns, columns] -> float64 [rows]."""
+    parts = error.reshape(hessian.shape[0], -1, hessian.shape[-1])
+    return np.einsum("bij,bij->bi", parts @ hessian, parts, dtype=np.float64).reshape(-1)

@@ -1,0 +1,74 @@
+"""Round to nearest, with clipped scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from qcompiler.errors import PassRefused
+from qcompiler.formats.base import Floats
+from qcompiler.formats.fit import Method, quantize
+from qcompiler.graph.sites import Site, find_sites
+from qcompiler.measure.segments import Segments
+from qcompiler.model import Model
+from qcompiler.passes.round.rows import input_rows
+from qcompiler.passes.round.streams import calibration_feeds
+from qcompiler.pipeline import Pass, PassReport
+from qcompiler.progress import Progress
+
+_ROWS = 256  # of each sample: enough for a mean
+
+
+@dataclass(frozen=True)
+class Nearest(Pass):
+    """Every planned weight becomes its nearest code.
+
+    Attributes:
+        clipping: "mse" searches the scales of least squared error, "minmax" covers every weight.
+        importance: "activations" weighs the errors of a column by the mean square of its input.
+        samples: of the calibration data, for the importance.
+    """
+
+    clipping: Method = "mse"
+    importance: Literal["none", "activations"] = "none"
+    samples: int = 32
+
+    def requires(self, model: Model) -> None:
+        """Refuse a lowered model, and importance without data."""
+        if model.lowered:
+            raise PassRefused("the model is lowered already", where=model.name)
+        if self.importance == "activations" and model.calibration is None:
+            raise PassRefused("importance by activations needs calibration data", where=model.name)
+
+    def run(self, model: Model, progress: Progress) -> PassReport:
+        """Fill `model.weights`."""
+        sites = [site for site in find_sites(model.ir) if site.name in model.plan.sites]
+        powers = _powers(model, sites, self.samples) if self.importance == "activations" else {}
+        changed = 0
+        for site in progress.track(sites, "Rounding"):
+            spec = model.plan.sites[site.name].weight
+            if spec is not None:
+                matrix = site.matrix()
+                model.weights[site.name] = quantize(matrix, spec, self.clipping, powers.get(site.name))
+                changed += 1
+        return PassReport(self.registered_name(), changed)
+
+
+def _powers(model: Model, sites: list[Site], samples: int) -> dict[str, Floats]:
+    """Mean square of each site's input, [rows, columns] as the weight."""
+    segments = Segments(model.ir)
+    wanted = {site.name for site in sites if site.activation is not None}
+    rng = np.random.default_rng(0)
+    sums: dict[str, Floats] = {}
+    for feed in calibration_feeds(model, samples, 1 << 13):
+        for segment, boundary in segments.boundaries(feed):
+            here = [site for site in segment.sites if site.name in wanted]
+            read = segment.read(boundary, [str(site.activation.name) for site in here if site.activation])
+            for site in here:
+                assert site.activation is not None
+                rows = input_rows(site, read[str(site.activation.name)], _ROWS, rng)
+                sums[site.name] = sums.get(site.name, np.float32(0)) + np.square(rows).mean(0)
+    sizes = {site.name: site.rows for site in sites}
+    return {name: np.repeat(power, sizes[name] // len(power), 0) for name, power in sums.items()}
