@@ -1,0 +1,289 @@
+"""What every number format at every site costs: one site at a time, judged by the model's own output.
+
+Each probe quantizes one weight (nearest, clipped for the smallest squared error) and runs only what follows it.
+Besides the loss it keeps a sketch of the output's change, whose products give the cross terms of a quadratic loss
+model, G[a,b] = E dz_a^T F dz_b (Gauss-Newton form of CLADO's pair terms), for no further runs.
+
+Where all probes would take too long, each site is measured at one middle *anchor*, and its other candidates by the
+ratio of local output errors E||x dW^T||^2, to which the loss is proportional as long as the errors are small:
+loss[b] = loss[anchor] * error[b] / error[anchor].
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import isotonic_regression
+
+from qcompiler.calibration import Calibration
+from qcompiler.formats import QuantSpec
+from qcompiler.formats.fit import quantize
+from qcompiler.graph.sites import Site
+from qcompiler.measure.cache import Cache
+from qcompiler.measure.loss import PARTS, Kind, Reference
+from qcompiler.measure.probes import Probes
+from qcompiler.measure.segments import Segments
+from qcompiler.measure.stream import calibration_of, measurement_key
+from qcompiler.model import Model
+from qcompiler.plan import SitePlan
+from qcompiler.progress import Progress, Silent
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+Mode = Literal["full", "anchor"]
+Effort = Literal["auto", "full", "anchor"]
+Option = QuantSpec | SitePlan | None
+_LARGEST_BATCH = 16
+_ENOUGH_ROWS = 512  # of the output; a language model has as many in one sample
+_TRIAL = 1 << 17  # weights that are fitted to see how long fitting takes
+_SKETCH = 8192
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Losses of single changes, and how changes add up.
+
+    Attributes:
+        sites: names, in the order asked for.
+        candidates: for each site its formats, in the order asked for; None is float.
+        loss: for each site float64 [candidates]: KL in nats, or normalised squared error, summed over outputs.
+        noise: for each site float64 [candidates]: standard error of `loss` over disjoint parts of the data.
+        sketches: for each site float32 [candidates, width]; products are the Gauss-Newton cross terms.
+        mode: "full", or "anchor" where most candidates were extrapolated.
+        kinds: by output, what it was taken for.
+        samples: used. probes: runs of the model's suffix. seconds: taken.
+    """
+
+    sites: tuple[str, ...]
+    candidates: tuple[tuple[QuantSpec | None, ...], ...]
+    loss: tuple[Floats, ...]
+    noise: tuple[Floats, ...]
+    sketches: tuple[npt.NDArray[np.float32], ...]
+    mode: Mode
+    kinds: Mapping[str, Kind]
+    samples: int
+    probes: int
+    seconds: float
+
+    def cross(self) -> tuple[npt.NDArray[np.int64], Floats]:
+        """The quadratic loss model: predicted loss of a choice x (one-hot per site) = 1/2 x^T G x.
+
+        Returns:
+            starts: int64 [sites + 1]; candidate k of site s is index starts[s] + k.
+            G: float64, symmetric. The diagonal is 2 * loss as measured; entries between sites are products of
+            sketches, bounded by the diagonal (|G_ab| <= sqrt(G_aa G_bb)); those within a site are 0.
+        """
+        starts = np.cumsum([0, *(len(row) for row in self.loss)])
+        vectors = np.concatenate(self.sketches).astype(np.float32)
+        diagonal = 2 * np.concatenate(self.loss)
+        bound = np.sqrt(np.maximum(diagonal, 0))
+        gram = np.clip((vectors @ vectors.T).astype(np.float64), -np.outer(bound, bound), np.outer(bound, bound))
+        for low, high in pairwise(starts):
+            gram[low:high, low:high] = 0
+        np.fill_diagonal(gram, diagonal)
+        return starts, gram
+
+
+def sensitivities(
+    model: Model,
+    sites: Sequence[Site],
+    candidates: Mapping[str, Sequence[Option]] | Sequence[Sequence[Option]],
+    *,
+    samples: int | None = None,
+    effort: Effort = "auto",
+    seconds: float = 240.0,
+    kinds: Mapping[str, Kind] | None = None,
+    monotone: bool = True,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Measure the loss of every candidate format at every site.
+
+    Args:
+        model: float, with calibration data; where it has a cache every probe is kept, so a killed run goes on.
+        sites: of `model`.
+        candidates: formats by site name, or in the order of `sites`. Of a SitePlan the weight's format counts;
+            None (float) loses nothing.
+        samples: of the calibration data; None or 0: 16, or fewer if they give 512 rows of output.
+        effort: "full" measures every candidate, "anchor" one a site; "auto" the first if `seconds` allow it.
+        seconds: how long it may take (at the speed of the first runs).
+        kinds: how to judge an output, where `loss.output_kind` should not decide.
+        monotone: let losses of one granularity never rise with the bits (pool adjacent violators): noise must
+            not buy bits.
+        progress: shows how far and how long.
+    """
+    begin = time.monotonic()
+    rows = [candidates[s.name] for s in sites] if isinstance(candidates, Mapping) else list(candidates)
+    specs = [tuple(_spec(option) for option in row) for row in rows]
+    chain, data = Segments(model.ir), calibration_of(model)
+    used = min(samples, data.count) if samples else _enough(chain, data, kinds)
+    batches = list(data.batches(_LARGEST_BATCH, used))
+    store = _Store(model, used, sorted((kinds or {}).items()))
+    mode = effort if effort != "auto" else store.mode(seconds, specs, lambda: _estimate(chain, batches, sites, specs))
+    found: list[list[_Measured]] = [[] for _ in sites]
+    of_output: Mapping[str, Kind] = {}
+    for number, feeds in enumerate(batches):
+        probes = Probes(chain, feeds, kinds, max(1, _SKETCH // len(batches)), number)
+        of_output = probes.reference.kinds
+        for index in (progress or Silent()).track(_in_graph_order(chain, sites), "sensitivity"):
+            found[index].append(_measure(store, probes, sites[index], specs[index], mode))
+    results = [_join(parts, len(row)) for parts, row in zip(found, specs, strict=True)]
+    loss = [r[0] for r in results]
+    if monotone:
+        loss = [_monotone(site, row, values) for site, row, values in zip(sites, specs, loss, strict=True)]
+    return Sensitivity(
+        tuple(site.name for site in sites), tuple(specs), tuple(loss), tuple(r[1] for r in results),
+        tuple(r[2] for r in results), mode, of_output, used, store.probes, time.monotonic() - begin,
+    )  # fmt: skip
+
+
+def _spec(option: Option) -> QuantSpec | None:
+    return option.weight if isinstance(option, SitePlan) else option
+
+
+def _enough(chain: Segments, data: Calibration, kinds: Mapping[str, Kind] | None) -> int:
+    """Samples that give 512 rows of output."""
+    rows = 1
+    for feeds in data.batches(1, 1):
+        rows = max(Reference(chain.run(chain.start(feeds)), kinds, 1).rows, 1)
+    return int(np.clip(-(-_ENOUGH_ROWS // rows), 1, min(_LARGEST_BATCH, data.count)))
+
+
+def _in_graph_order(chain: Segments, sites: Sequence[Site]) -> list[int]:
+    """Positions of the sites, so that boundaries are made in one walk along the chain."""
+    place = {own.name: segment.index for segment in chain for own in segment.sites}
+    return sorted(range(len(sites)), key=lambda i: place[sites[i].name])
+
+
+def _estimate(
+    chain: Segments,
+    batches: Sequence[Mapping[str, Array]],
+    sites: Sequence[Site],
+    specs: Sequence[tuple[QuantSpec | None, ...]],
+) -> float:
+    """Seconds that measuring everything would take: half a run for each probe, and the fitting of the formats."""
+    if not batches or not sites:
+        return 0.0
+    counts = [len({spec for spec in row if spec is not None}) for row in specs]
+    boundary = chain.start(batches[0])
+    reference = Reference(chain.run(boundary))
+    begin = time.monotonic()
+    reference.losses(chain.run(boundary))
+    run = time.monotonic() - begin
+    begin, done = time.monotonic(), 1
+    for site, row in zip(sites, specs, strict=True):
+        spec = next((s for s in row if s is not None), None)
+        if spec is not None and done < _TRIAL:
+            matrix = site.matrix()[: max(1, _TRIAL // site.columns)]
+            quantize(matrix, spec, method="mse")
+            done += matrix.size
+    each = (time.monotonic() - begin) / done
+    fits = sum(count * site.count for count, site in zip(counts, sites, strict=True))
+    return len(batches) * (0.55 * run * sum(counts) + each * fits)
+
+
+@dataclass
+class _Measured:
+    """Of one site and one batch: losses [candidates, parts], sketches [candidates, width]."""
+
+    losses: Floats
+    sketches: npt.NDArray[np.float32]
+
+
+class _Store:
+    """Probes and decisions by content, so that a killed run goes on and decides as before."""
+
+    def __init__(self, model: Model, *parts: object) -> None:
+        self._cache = model.cache
+        self._key = measurement_key(model, "sensitivity", *parts)
+        self.probes = 0
+
+    def mode(
+        self, seconds: float, specs: Sequence[tuple[QuantSpec | None, ...]], estimate: Callable[[], float]
+    ) -> Mode:
+        """Full if the estimate fits into `seconds`."""
+        texts = [[str(spec) for spec in row] for row in specs]
+        stored = self.get(lambda: {"full": np.array(estimate() <= seconds)}, "mode", seconds, texts)
+        return "full" if bool(stored["full"]) else "anchor"
+
+    def get(self, make: Callable[[], dict[str, Array]], *parts: object) -> dict[str, Array]:
+        """What was stored for these parts, or what `make` gives now."""
+        if self._cache is None:
+            return make()
+        key = Cache.key(self._key, *parts)
+        stored = self._cache.get(key)
+        if stored is None:
+            stored = make()
+            self._cache.put(key, stored)
+        return stored
+
+    def probe(self, probes: Probes, site: Site, spec: QuantSpec) -> tuple[Floats, npt.NDArray[np.float32]]:
+        """One probe's losses [parts] and sketch [width]."""
+
+        def run() -> dict[str, Array]:
+            self.probes += 1
+            losses, sketch = probes.probe(site, spec)
+            return {"losses": losses, "sketch": sketch}
+
+        stored = self.get(run, "probe", probes.number, site.name, str(spec))
+        return stored["losses"], stored["sketch"]
+
+
+def _measure(store: _Store, probes: Probes, site: Site, row: tuple[QuantSpec | None, ...], mode: Mode) -> _Measured:
+    unique = sorted({s for s in row if s is not None}, key=lambda s: s.stored_bits(site.rows, site.columns))
+    if not unique:
+        return _Measured(np.zeros((len(row), PARTS)), np.zeros((len(row), probes.reference.width), np.float32))
+    if mode == "full" or len(unique) == 1:
+        measured = {spec: store.probe(probes, site, spec) for spec in unique}
+    else:
+        anchor = unique[(len(unique) - 1) // 2]
+        losses, sketch = store.probe(probes, site, anchor)
+        texts = [str(spec) for spec in unique]
+        local = store.get(
+            lambda: {"errors": probes.local_errors(site, unique)}, "local", probes.number, site.name, texts
+        )["errors"]
+        base = local[unique.index(anchor)]
+        ratios = local / base if base > 0 else np.ones(len(unique))
+        measured = {
+            spec: (losses * ratio, sketch * np.float32(np.sqrt(ratio)))
+            for spec, ratio in zip(unique, ratios, strict=True)
+        }
+    width = len(measured[unique[0]][1])
+    nothing = (np.zeros(PARTS), np.zeros(width, np.float32))
+    pairs = [nothing if spec is None else measured[spec] for spec in row]
+    return _Measured(np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], np.float32))
+
+
+def _join(parts: Sequence[_Measured], options: int) -> tuple[Floats, Floats, npt.NDArray[np.float32]]:
+    """Loss, its standard error, and the sketches of all batches side by side."""
+    if not parts:
+        return np.zeros(options), np.zeros(options), np.zeros((options, 0), np.float32)
+    losses = np.concatenate([part.losses for part in parts], axis=1)
+    noise = losses.std(1, ddof=1) / np.sqrt(losses.shape[1])
+    sketches = np.concatenate([part.sketches for part in parts], axis=1) / np.float32(np.sqrt(len(parts)))
+    return losses.mean(1), noise, sketches
+
+
+def _monotone(site: Site, row: tuple[QuantSpec | None, ...], loss: Floats) -> Floats:
+    """Within each family of formats (same granularity, symmetry, scales) the losses that never rise with bits."""
+    families: dict[tuple[object, ...], list[int]] = {}
+    for index, spec in enumerate(row):
+        if spec is not None:
+            family = (type(spec.format), spec.granularity, spec.symmetric, spec.scale_dtype)
+            families.setdefault(family, []).append(index)
+    fitted = loss.copy()
+    for members in families.values():
+        members.sort(key=lambda i: _stored(site, row[i]))
+        if np.isfinite(loss[members]).all():
+            fitted[members] = isotonic_regression(loss[members], increasing=False).x
+    return fitted
+
+
+def _stored(site: Site, spec: QuantSpec | None) -> int:
+    assert spec is not None
+    return spec.stored_bits(site.rows, site.columns)
