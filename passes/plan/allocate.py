@@ -12,6 +12,7 @@ from qcompiler.budget import Budget, kept_sites, parse_budget
 from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused, Refusal
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
+from qcompiler.measure.sensitivity import sensitivities
 from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Activations, Menu, menu, site_bits, target_for
 from qcompiler.passes.plan.ledger import Ledger, assert_within
@@ -89,7 +90,7 @@ class Allocate(Pass):
         menus, groups, refused = _tied(menus, self._tie_names(backend, model, free))
         ledger = Ledger.of(model, sites, menus, kept)
         ledger.require_feasible(self.budgets, groups)
-        losses = self._measure(model, ledger.menus, progress)
+        losses, measured = self._measure(model, ledger.menus, progress)
         problem = ledger.problem(losses, self.budgets, groups)
         solution = self._solve(problem)
         decided = {m.site.name: m.plans[int(o)] for m, o in zip(ledger.menus, solution.choice, strict=True)}
@@ -100,19 +101,20 @@ class Allocate(Pass):
             f"allocate: {bits:.3f} bits per weight, predicted loss {solution.objective:.4g}, gap {solution.gap:.2%}"
         )
         refused += [refusal for m in menus for refusal in m.refused]
-        metrics = {"bits_per_weight": bits, "stored_bytes": size, "sites": _table(ledger, losses, solution)}
+        table = _table(ledger, losses, solution)
+        metrics = {"bits_per_weight": bits, "stored_bytes": size, "sites": table, "measured": measured}
         return PassReport("allocate", len(decided), tuple(refused), metrics)
 
     def _tie_names(self, backend: Backend, model: Model, sites: Sequence[Site]) -> list[tuple[str, ...]]:
         ties = getattr(backend, "ties", "none") if self.ties == "target" else self.ties
         return [] if ties == "none" else tie_groups(model.ir, sites, add_inputs=ties == "adds")
 
-    def _measure(self, model: Model, menus: Sequence[Menu], progress: Progress) -> list[list[float]]:
+    def _measure(
+        self, model: Model, menus: Sequence[Menu], progress: Progress
+    ) -> tuple[list[list[float]], dict[str, Any]]:
         """Losses per menu and option; an option whose loss is not finite is never chosen."""
-        from qcompiler.measure.sensitivity import sensitivities
-
         if not menus:
-            return []
+            return [], {}
         measured = sensitivities(
             model,
             [m.site for m in menus],
@@ -125,7 +127,8 @@ class Allocate(Pass):
         for m, row in zip(menus, losses, strict=True):
             if min(row) == math.inf:
                 raise PassRefused("every option makes the output infinite or NaN", m.site.name, "keep it float: --keep")
-        return losses
+        facts = {name: getattr(measured, name) for name in ("mode", "samples", "probes", "seconds")}
+        return losses, facts
 
     def _solve(self, problem: Problem) -> Solution:
         try:

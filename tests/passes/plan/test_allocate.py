@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,7 +94,8 @@ class Measured:
 
     def __call__(self, model: Model, sites: list[Site], candidates: list[list[SitePlan]], **options: Any) -> Any:
         self.calls.append(([s.name for s in sites], candidates, options))
-        return SimpleNamespace(loss=[[self.loss(s, p) for p in row] for s, row in zip(sites, candidates, strict=True)])
+        loss = [[self.loss(s, p) for p in row] for s, row in zip(sites, candidates, strict=True)]
+        return SimpleNamespace(loss=loss, mode="full", samples=16, probes=30, seconds=1.0)
 
     def loss(self, site: Site, plan: SitePlan) -> float:
         assert plan.weight is not None
@@ -109,9 +109,7 @@ class Measured:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     measured = Measured()
-    module = ModuleType("qcompiler.measure.sensitivity")
-    module.sensitivities = measured  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("qcompiler.passes.plan.allocate.sensitivities", measured)
     use_target(monkeypatch, Target())
     return measured
 
@@ -167,6 +165,7 @@ def test_report_lists_every_option_of_every_site(measured: Measured) -> None:
         assert [o["width"] for o in row["options"]] == [3, 4, 8]
         assert row["options"][row["chosen"]]["spec"] == row["spec"] == str(done.plan.sites[row["site"]].weight)
         assert row["bytes"] == row["bits"] // 8
+    assert report.metrics["measured"] == {"mode": "full", "samples": 16, "probes": 30, "seconds": 1.0}
     assert sum(row["loss"] for row in rows) == pytest.approx(done.plan.solution["predicted_loss"])
 
 
