@@ -112,9 +112,17 @@ class Calibration:
         return Calibration(tuple(blocks), source)
 
     @staticmethod
-    def synthetic_for(model: ir.Model, samples: int = 32, seed: int = 0) -> Calibration:
-        """Made-up inputs for a model without data; see `qcompiler.calibration.synthetic`."""
-        calls, kind = synthetic_feeds(model, samples, seed)
+    def synthetic_for(model: ir.Model, samples: int = 32, seed: int = 0, *, text: bool = True) -> Calibration:
+        """Made-up inputs for a model without data; see `qcompiler.calibration.synthetic`.
+
+        Args:
+            model: whose inputs are made.
+            samples: how many.
+            seed: same seed, same data.
+            text: let a causal language model write its own text (which takes as long as reading 8000 tokens);
+                random tokens otherwise.
+        """
+        calls, kind = synthetic_feeds(model, samples, seed, text=text)
         made = Calibration.from_iterable(calls, model, "synthetic")
         return replace(made, synthetic=True, warning=f"no calibration data: using {kind}; expect lower accuracy")
 
@@ -140,23 +148,19 @@ class Calibration:
         """Feeds for successive calls, in the order of the data.
 
         Args:
-            size: samples in a batch at most. A model that fixes its first dimension gets that many instead;
-                rows that do not fill the last such batch are left out. Stacked data gives one sample a batch.
+            size: samples in a batch at most. A model that fixes its first dimension gets that many instead,
+                the last batch filled up by repeating a sample. Stacked data gives one sample a batch.
             limit: stop after this many samples.
         """
         left = self.count if limit is None else min(limit, self.count)
         for block in self.blocks:
             if left <= 0:
                 return
-            end = block.count if block.step else min(left, block.count)
+            end = min(left, block.count)
             width = block.step or (1 if block.layout != "batched" else max(1, size))
-            last = end - width + 1 if block.step else end
-            for start in range(0, last, width):
-                if left <= 0:
-                    return
-                stop = min(start + width, end)
-                yield block.feeds(start, stop)
-                left -= stop - start
+            for start in range(0, end, width):
+                yield block.feeds(start, start + width if block.step else min(start + width, end))
+            left -= end
 
     def take(self, count: int) -> Calibration:
         """The first samples."""
@@ -177,7 +181,7 @@ class Calibration:
 
     def join(self, outputs: Sequence[Mapping[str, Array]]) -> Feeds:
         """The outputs of the calls that `batches` gave, as one array each with the samples first."""
-        return joined(outputs, self.blocks[0].layout)
+        return joined(outputs, self.blocks[0].layout, self.count)
 
 
 @dataclass(frozen=True)

@@ -29,21 +29,22 @@ _TEXT_ROWS, _TEXT_LENGTH = 4, 64  # the cost grows with rows * length^2
 _MAX_ELEMENTS = 1 << 28
 
 
-def synthetic_feeds(model: ir.Model, samples: int, seed: int) -> tuple[list[Feeds], str]:
+def synthetic_feeds(model: ir.Model, samples: int, seed: int, *, text: bool) -> tuple[list[Feeds], str]:
     """Made-up batches, and what they are in words.
 
     Args:
         model: runnable; it is run on one sample to see which sizes it takes.
         samples: how many, except for self-generated text, of which there are 4 windows of 64 tokens at most.
         seed: same seed, same data.
+        text: whether a language model may write its own.
 
     Raises:
         BadModel: no made-up input runs.
     """
     rng, roles, runner = np.random.default_rng(seed), integer_inputs(model), Runner(model)
-    text = _text(model, roles, runner, min(samples, _TEXT_ROWS), rng)
-    if text is not None:
-        return [text], "text written by the model itself"
+    own = _text(model, roles, runner, min(samples, _TEXT_ROWS), rng) if text else None
+    if own is not None:
+        return [own], "text written by the model itself"
     sizes = _working_sizes(model, roles, runner, rng)
     batch = 1 if _separate(model) else max(1, min(samples, _fixed_batch(model) or samples))
     calls = [_random(model, roles, sizes, batch, rng) for _ in range(max(1, -(-samples // batch)))]

@@ -3,7 +3,8 @@
 Arrays are named as the model's inputs. There are three layouts:
 
 batched   every array has its input's rank; the first axis is the samples, the same number everywhere. A
-          model with a fixed first dimension d gets batches of exactly d.
+          model with a fixed first dimension d gets batches of exactly d, the last one filled up by
+          repeating its last sample.
 stacked   every array has one axis more than its input: every entry along it is one call of the model. For
           models whose inputs share no batch axis (input [seq, 576] and state [1, 1, 128]).
 single    the ranks fit but the first axes differ: all arrays together are one call.
@@ -72,6 +73,9 @@ class Block:
         taken = {k: np.asarray(v[:] if whole else v[start:stop]) for k, v in self.arrays.items()}
         if self.layout == "stacked":
             taken = {k: v[0] for k, v in taken.items()}
+        missing = self.step - (min(stop, self.count) - start) if self.step else 0
+        if missing > 0:
+            taken = {k: np.concatenate([v, np.repeat(v[-1:], missing, axis=0)]) for k, v in taken.items()}
         return {k: _cast(k, v, self.dtypes[k]) for k, v in taken.items()}
 
 
@@ -102,8 +106,8 @@ def feeds_check(model: ir.Model, arrays: Mapping[str, Rows], where: str = "data"
         _check_type(name, rows.dtype, dtypes[name], where)
     count = 1 if layout == "single" else next(iter(arrays.values())).shape[0]
     step = _step(inputs) if layout == "batched" else 0
-    if count < max(step, 1):
-        raise BadData(f"holds {count} samples", where, f"give at least {max(step, 1)}")
+    if count < 1:
+        raise BadData("holds no samples", where, "give at least one")
     for name, rows in arrays.items():
         _check_finite(name, rows, where)
     return Block(arrays, count, layout, step, dtypes)
@@ -205,9 +209,9 @@ def _cast(name: str, array: Array, dtype: np.dtype[Any]) -> Array:
     return array.astype(dtype)
 
 
-def joined(outputs: Sequence[Mapping[str, Array]], layout: Layout) -> dict[str, Array]:
-    """The outputs of successive calls as one array each: samples first for batched and stacked data."""
+def joined(outputs: Sequence[Mapping[str, Array]], layout: Layout, count: int) -> dict[str, Array]:
+    """The outputs of successive calls as one array each: `count` samples first for batched and stacked data."""
     if layout == "single":
         return dict(outputs[0])
     join = np.stack if layout == "stacked" else np.concatenate
-    return {name: join([o[name] for o in outputs]) for name in outputs[0]}
+    return {name: join([o[name] for o in outputs])[:count] for name in outputs[0]}
