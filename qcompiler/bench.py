@@ -94,7 +94,7 @@ def bench(
     """
     path = original_path(artifact, reference)
     threads = len(os.sched_getaffinity(0))
-    inputs = feeds or next(Calibration.synthetic_for(load_onnx(path).ir, batch).batches(batch, batch))
+    inputs = feeds or next(Calibration.synthetic_for(load_onnx(path).ir, batch, text=False).batches(batch, batch))
     with tempfile.TemporaryDirectory(prefix="qcompiler-bench-") as folder:
         contestants: dict[str, Callable[[Feeds], Any]] = {
             "artifact": artifact.runnable.run,

@@ -78,7 +78,7 @@ def gather(source: Source, model: Model, seed: int, progress: Progress) -> Sampl
     Raises:
         BadData: the model cannot take them.
     """
-    random = Calibration.synthetic_for(model.ir, FEW, seed + 1)
+    random = Calibration.synthetic_for(model.ir, FEW, seed + 1, text=False)
     whole = _read(source, model, seed)
     if whole.warning:
         progress.note(whole.warning)
