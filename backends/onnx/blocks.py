@@ -85,8 +85,8 @@ def _repacked(emit: Emitter, raw: Codes, bits: int, container: int, shape: tuple
     if container == 8:
         return emit.node("Reshape", codes, emit.integers(rows, blocks, block))
     pairs = emit.node("Reshape", codes, emit.integers(rows, blocks, block // 2, 2))
-    low = emit.node("Gather", pairs, emit.constant(np.int64(0), "low"), axis=3)
-    high = emit.node("Gather", pairs, emit.constant(np.int64(1), "high"), axis=3)
+    low = emit.node("Gather", pairs, emit.constant(np.asarray(0, np.int64), "low"), axis=3)
+    high = emit.node("Gather", pairs, emit.constant(np.asarray(1, np.int64), "high"), axis=3)
     shifted = emit.node("BitShift", high, emit.constant(np.array([4], np.uint8), "four"), direction="LEFT")
     return emit.node("BitwiseOr", low, shifted)
 

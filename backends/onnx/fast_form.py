@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -21,6 +22,7 @@ from qcompiler.backends.base import QuantizedOperation, quantized_operations
 from qcompiler.backends.onnx import probe
 from qcompiler.backends.onnx.blocks import Blocks, block_size, write_blocks
 from qcompiler.backends.onnx.emit import MICROSOFT, Emitter
+from qcompiler.backends.reference import quantize_bias
 from qcompiler.formats import PerChannel, PerTensor
 from qcompiler.graph.functions import DynamicActivation, PackedWeight, StaticActivation
 
@@ -82,13 +84,22 @@ class _Rewriter:
 
     def _integer(self, use: QuantizedOperation) -> str:
         """Leave QDQ to ONNX Runtime; narrow codes are widened to int8 when a session is made."""
-        node = use.weight.dequantize
+        node, expected = use.weight.dequantize, self.form.expected
         codes = node.inputs[0]
+        emit = Emitter(self.form.model, node, f"{use.weight.site}_int8")
         if codes is not None and codes.dtype != ir.DataType.INT8:
-            emit = Emitter(self.form.model, node, f"{use.weight.site}_int8")
             node.replace_input_with(0, emit.cast(codes, ir.DataType.INT8))
-        if use.node.op_type == "Conv" and _is_quantized_next(use.node.outputs[0]):
-            self.form.expected["QLinearConv"] += 1
+        if len(node.inputs) < 3:  # without a zero point ONNX Runtime fuses convolutions, but no products
+            node.resize_inputs(3)
+            rows = () if isinstance(use.weight.spec.granularity, PerTensor) else (use.weight.rows,)
+            node.replace_input_with(2, emit.constant(np.zeros(rows, np.int8), "zero"))
+        if use.node.op_type == "MatMul":
+            expected["QLinearMatMul|MatMulIntegerToFloat"] += 1
+        elif use.node.op_type == "Gemm":
+            _integer_bias(self.form.model, use)
+            expected["QGemm"] += 1
+        elif _is_quantized_next(use.node.outputs[0]):
+            expected["QLinearConv"] += 1
         return "integer"
 
     def _gather(self, use: QuantizedOperation) -> str:
@@ -103,7 +114,7 @@ class _Rewriter:
             "GatherBlockQuantized", flat, use.data, blocks.scale, blocks.zero,
             domain=MICROSOFT, bits=container, block_size=block, quantize_axis=1, gather_axis=0,
         )  # fmt: skip
-        self.form.expected[f"{MICROSOFT}:GatherBlockQuantized"] += 1
+        self.form.expected["GatherBlockQuantized"] += 1
         _replace(self.form.model.graph, use.node, result)
         return f"gather{container}"
 
@@ -125,7 +136,7 @@ class _Rewriter:
             domain=MICROSOFT, K=use.weight.columns, N=use.weight.rows, bits=container, block_size=block,
             accuracy_level=accuracy,
         )  # fmt: skip
-        self.form.expected[f"{MICROSOFT}:MatMulNBits"] += 1
+        self.form.expected["MatMulNBits"] += 1
         _replace(self.form.model.graph, use.node, result)
         return f"blocks{container}{'-int8' if dynamic else ''}"
 
@@ -139,6 +150,20 @@ class _Rewriter:
         return self.written[key]
 
 
+def _integer_bias(model: ir.Model, use: QuantizedOperation) -> None:
+    """The bias of a Gemm as int32 on the accumulator's scale: without that ONNX Runtime does not fuse it."""
+    bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
+    constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
+    if constant is None or not isinstance(use.activation, StaticActivation):
+        return
+    emit = Emitter(model, use.node, f"{use.node.name}_bias")
+    scale = np.broadcast_to(use.weight.scale[:, 0] * np.float32(use.activation.scale), (use.weight.rows,))
+    codes = quantize_bias(constant.numpy().reshape(-1), scale)
+    zero = emit.constant(np.zeros(scale.shape, np.int32), "zero")
+    inputs = emit.constant(codes, "codes"), emit.constant(scale, "scale"), zero
+    use.node.replace_input_with(2, emit.node("DequantizeLinear", *inputs, axis=0))
+
+
 def _is_integer(use: QuantizedOperation) -> bool:
     """Whether ONNX Runtime fuses Q/DQ around this operation: see onnx.md 1.4 in the sources of this project."""
     spec = use.weight.spec
@@ -147,7 +172,7 @@ def _is_integer(use: QuantizedOperation) -> bool:
         and spec.symmetric
         and spec.bits <= 8
         and isinstance(spec.granularity, PerChannel | PerTensor)
-        and not (use.is_product and len(use.weight.shape) != 2)
+        and (not use.is_product or _is_plain(use))
     )
 
 
@@ -182,7 +207,7 @@ def _is_quantized_next(value: ir.Value) -> bool:
 def _replace(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
     """`result` takes the place and the name of the node's output."""
     old = node.outputs[0]
-    result.name, result.dtype, result.shape = old.name, old.dtype, old.shape
+    result.name, result.type, result.shape = old.name, old.type, old.shape
     old.replace_all_uses_with(result, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 

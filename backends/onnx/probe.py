@@ -79,9 +79,10 @@ def _run(
     node = ir.node(op, operands, attributes, domain="com.microsoft")
     node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
     imports = {"": 21, "com.microsoft": 1}
+    held = list(values.values())
     graph = ir.Graph(
-        list(inputs.values()), node.outputs, nodes=[node], initializers=list(values.values()), opset_imports=imports, name="probe"
-    )  # fmt: skip
+        list(inputs.values()), node.outputs, nodes=[node], initializers=held, opset_imports=imports, name="probe"
+    )
     proto = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     try:
         options = session_options(1)
