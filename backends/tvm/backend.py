@@ -81,7 +81,7 @@ class CpuBackend:
         signature = _signature(model.ir)
         rewrite = Rewrite(model.ir.clone(), kernels)
         rewrite.run()
-        module = _imported(import_model, rewrite.model, model.name)
+        module = _imported(import_model, rewrite.model, kernels, model.name)
         progress.note(f"cpu: {sum(rewrite.counts.values())} packed operations, {len(kernels)} kernels ({kernels.dot})")
         build_library(module, kernels, target, folder / LIBRARY, progress)
         rewrite.parameters.save(folder / WEIGHTS)
@@ -117,10 +117,10 @@ def _signature(model: ir.Model) -> dict[str, Any]:
     return {"inputs": inputs, "outputs": [value.name for value in model.graph.outputs]}
 
 
-def _imported(import_model: Any, model: ir.Model, name: str) -> Any:
+def _imported(import_model: Any, model: ir.Model, kernels: Any, name: str) -> Any:
     """The Relax module; what TVM cannot import is the model's fault, in one line."""
     try:
-        return import_model(ir.to_proto(model))
+        return import_model(ir.to_proto(model), kernels)
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadModel(f"TVM cannot import the model ({reason})", name, "use --target onnx") from error

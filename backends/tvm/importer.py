@@ -8,26 +8,34 @@ from typing import Any
 
 import onnx
 from tvm import ir as tvm_ir
-from tvm import relax
+from tvm import relax, sym
 from tvm.relax.frontend.onnx import onnx_frontend
+
+from qcompiler.backends.tvm.kernels import KernelSet
 
 Expr = Any  # TVM publishes no types
 
 
-def import_model(model: onnx.ModelProto) -> Any:
+def import_model(model: onnx.ModelProto, kernels: KernelSet) -> Any:
     """A Relax module whose function `main` takes the graph's inputs in order.
+
+    Kernels that turn out to be needed on the way (products of two activations) are added to the set.
 
     Raises:
         tvm.error.OpNotImplemented: for operations that neither TVM nor we know.
     """
-    with _our_converters():
+    with _our_converters(kernels):
         return onnx_frontend.from_onnx(model, sanitize_input_names=False)
 
 
 @contextmanager
-def _our_converters() -> Iterator[None]:
+def _our_converters(kernels: KernelSet) -> Iterator[None]:
     original = onnx_frontend._get_convert_map
-    ours = {"QcRows": Rows, "QcMatMul": Product, "QcGather": Lookup, "QcConv": Convolution}
+
+    class FloatProduct(_FloatProduct):
+        kernel_set = kernels
+
+    ours = {"MatMul": FloatProduct, "QcRows": Rows, "QcMatMul": Product, "QcGather": Lookup, "QcConv": Convolution}
     onnx_frontend._get_convert_map = lambda: {**original(), **ours, "Range": Range}
     try:
         yield
@@ -76,6 +84,41 @@ class Product(onnx_frontend.OnnxOpConverter):
         lead, columns = _dims(inputs[0])[:-1], int(attr["rows"])
         flat = _call(bb, attr["kernel"], list(inputs[1:]), [([_product(lead), columns], "float32")])
         return bb.emit(relax.op.reshape(flat, [*lead, columns]))
+
+
+class _FloatProduct(onnx_frontend.OnnxOpConverter):
+    """MatMul of float32 values with equal batches, or with a matrix on the right; TVM's own for all else."""
+
+    kernel_set: KernelSet
+
+    @classmethod
+    def _impl_v13(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], params: Any) -> Expr:
+        a, b = inputs
+        if not (_is_known_float(a) and _is_known_float(b)):
+            return _THEIR_MATMUL(bb, inputs, attr, params)
+        (*lead, m, k), (*lead_b, _, n) = _dims(a), _dims(b)
+        if not lead_b:
+            shapes = [1, _product([*lead, m]), k], [1, k, n], [1, _product([*lead, m]), n]
+        elif len(lead) == len(lead_b) and all(_same(x, y) for x, y in zip(lead, lead_b, strict=True)):
+            batch = _product(lead)
+            shapes = [batch, m, k], [batch, k, n], [batch, m, n]
+        else:
+            return _THEIR_MATMUL(bb, inputs, attr, params)
+        operands = [bb.emit(relax.op.reshape(x, shape)) for x, shape in zip((a, b), shapes[:2], strict=True)]
+        y = _call(bb, cls.kernel_set.float_matmul(), operands, [(shapes[2], "float32")])
+        return bb.emit(relax.op.reshape(y, [*lead, m, n]))
+
+
+def _is_known_float(value: Expr) -> bool:
+    known = isinstance(value.ty, relax.TensorType) and isinstance(value.ty.shape, relax.ShapeExpr)
+    return known and value.ty.ndim >= 2 and str(value.ty.dtype) == "float32"
+
+
+def _same(x: Expr, y: Expr) -> bool:
+    return sym.Analyzer().can_prove_equal(x, y)
+
+
+_THEIR_MATMUL = onnx_frontend.MatMul._impl_v13
 
 
 class Lookup(onnx_frontend.OnnxOpConverter):

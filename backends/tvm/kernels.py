@@ -62,6 +62,12 @@ class KernelSet:
         key = (geometry, fmt, integer)
         return self._name("grouped", key, lambda name: conv.grouped(name, geometry, fmt, integer))
 
+    def float_matmul(self) -> str:
+        """Name of the kernel of products of two activations."""
+        from qcompiler.backends.tvm import float_matmul
+
+        return self._name("float_matmul", (), float_matmul.float_matmul)
+
     def _name(self, kind: str, key: tuple[Any, ...], build: Callable[[str], Any]) -> str:
         name = self._names.setdefault((kind, *key), f"qc_{kind}_{len(self._names)}")
         self._build.setdefault(name, build)
