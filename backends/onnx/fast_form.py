@@ -93,11 +93,11 @@ class _Rewriter:
             node.resize_inputs(3)
             rows = () if isinstance(use.weight.spec.granularity, PerTensor) else (use.weight.rows,)
             node.replace_input_with(2, emit.constant(np.zeros(rows, np.int8), "zero"))
-        if use.node.op_type == "MatMul":
-            expected["QLinearMatMul|MatMulIntegerToFloat"] += 1
-        elif use.node.op_type == "Gemm":
-            _integer_bias(self.form.model, use)
-            expected["QGemm"] += 1
+        if use.is_product:
+            gemm = use.node if use.node.op_type == "Gemm" else _merged_with_add(self.form.model.graph, use)
+            if gemm is not None:
+                _integer_bias(self.form.model, gemm, use)
+            expected["QLinearMatMul|MatMulIntegerToFloat" if gemm is None else "QGemm"] += 1
         elif _is_quantized_next(use.node.outputs[0]):
             expected["QLinearConv"] += 1
         return "integer"
@@ -150,18 +150,39 @@ class _Rewriter:
         return self.written[key]
 
 
-def _integer_bias(model: ir.Model, use: QuantizedOperation) -> None:
+def _merged_with_add(graph: ir.Graph, use: QuantizedOperation) -> ir.Node | None:
+    """MatMul of a matrix and its Add as one Gemm, or None if there is no such Add.
+
+    ONNX Runtime does the same by itself, but with a float bias, and then fails to make QGemm of it.
+    """
+    node, uses = use.node, tuple(use.node.outputs[0].uses())
+    is_matrix = use.data.shape is not None and len(use.data.shape) == 2
+    if not is_matrix or len(uses) != 1 or uses[0][0].op_type != "Add" or node.outputs[0].is_graph_output():
+        return None
+    add, index = uses[0]
+    bias = add.inputs[1 - index]
+    constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
+    if constant is None or constant.size != use.weight.rows:
+        return None
+    gemm = ir.node("Gemm", [*node.inputs, bias], name=node.name, outputs=[ir.val(None)])
+    graph.insert_before(add, [gemm])
+    _replace(graph, add, gemm.outputs[0])
+    graph.remove(node, safe=True)
+    return gemm
+
+
+def _integer_bias(model: ir.Model, gemm: ir.Node, use: QuantizedOperation) -> None:
     """The bias of a Gemm as int32 on the accumulator's scale: without that ONNX Runtime does not fuse it."""
-    bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
+    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
     constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
     if constant is None or not isinstance(use.activation, StaticActivation):
         return
-    emit = Emitter(model, use.node, f"{use.node.name}_bias")
+    emit = Emitter(model, gemm, f"{gemm.name}_bias")
     scale = np.broadcast_to(use.weight.scale[:, 0] * np.float32(use.activation.scale), (use.weight.rows,))
     codes = quantize_bias(constant.numpy().reshape(-1), scale)
     zero = emit.constant(np.zeros(scale.shape, np.int32), "zero")
     inputs = emit.constant(codes, "codes"), emit.constant(scale, "scale"), zero
-    use.node.replace_input_with(2, emit.node("DequantizeLinear", *inputs, axis=0))
+    gemm.replace_input_with(2, emit.node("DequantizeLinear", *inputs, axis=0))
 
 
 def _is_integer(use: QuantizedOperation) -> bool:

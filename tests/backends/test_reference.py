@@ -26,7 +26,9 @@ def onnx_op(op: str, inputs: list[Array], **attributes: Any) -> Array:
     node.outputs[0].name = "y"
     node.outputs[0].dtype = ir.DataType.INT32 if op.endswith("Integer") else ir.DataType.UINT8
     graph = ir.Graph([], node.outputs, nodes=[node], initializers=values, opset_imports={"": 21}, name="g")
-    return np.asarray(ort.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()).run(None, {})[0])
+    return np.asarray(
+        ort.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()).run(None, {})[0]
+    )
 
 
 def test_static_codes_are_those_of_quantize_linear_with_ties_to_even() -> None:
@@ -81,7 +83,16 @@ def test_sums_that_do_not_fit_are_an_error() -> None:
         reference.matmul(a, w)
 
 
-@pytest.mark.parametrize("text", ["uint4-asym-g16-fp16", "int8-sym-channel-fp16", "uint3-asym-g32-fp32", "uint4-sym-g16-fp32", "int4-sym-tensor-fp32"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "uint4-asym-g16-fp16",
+        "int8-sym-channel-fp16",
+        "uint3-asym-g32-fp32",
+        "uint4-sym-g16-fp32",
+        "int4-sym-tensor-fp32",
+    ],
+)
 def test_group_matmul_is_the_product_of_the_decoded_numbers(text: str) -> None:
     weight: QTensor = quantize(RNG.standard_normal((7, 40)).astype(np.float32), parse_spec(text), "minmax")
     x = RNG.standard_normal((3, 2, 40)).astype(np.float32)

@@ -63,7 +63,9 @@ def feeds(kind: str) -> dict[str, Array]:
     return {"x": RNG.standard_normal((5, 8, 9, 9) if kind == "conv" else (5, 96)).astype(np.float32)}
 
 
-def compile_and_compare(model: Model, kind: str, folder: Path, data: dict[str, Array] | None = None) -> tuple[Compiled, float]:
+def compile_and_compare(
+    model: Model, kind: str, folder: Path, data: dict[str, Array] | None = None
+) -> tuple[Compiled, float]:
     """What was compiled, and the relative distance of its outputs from the QDQ graph's."""
     ir.save(model.ir, folder / "model.onnx")
     compiled = OnnxBackend().compile(model, folder, Silent())
@@ -143,18 +145,31 @@ def test_dynamic_activations_use_int8_kernels_within_the_declared_tolerance(
     assert "int8" in compiled.tolerance.reason
 
 
-@pytest.mark.parametrize("spec", ["int8-sym-channel-fp16", "int4-sym-channel-fp16", "int3-sym-tensor-fp32", "int8-sym-channel-fp32"])
-@pytest.mark.parametrize(("kind", "op"), [("conv", "QLinearConv"), ("gemm", "QGemm"), ("matmul", "MatMulIntegerToFloat")])
+@pytest.mark.parametrize(
+    "spec", ["int8-sym-channel-fp16", "int4-sym-channel-fp16", "int3-sym-tensor-fp32", "int8-sym-channel-fp32"]
+)
+@pytest.mark.parametrize(("kind", "op"), [("conv", "QLinearConv"), ("gemm", "QGemm"), ("matmul", "QGemm")])
 def test_static_activations_become_integer_kernels(kind: str, op: str, spec: str, tmp_path: Path) -> None:
     ranges = {"x": StaticRange(0.03, 128)}
     if kind == "conv":
         ranges["y"] = StaticRange(0.3, 0)
-    text = CONV.replace("(float[n, 24, 7, 7] y) { c =", "(float[n, 24, 7, 7] z) { c =").replace("Relu (c)", "Relu (c)  z = Neg (y)")
+    text = CONV.replace("(float[n, 24, 7, 7] y) { c =", "(float[n, 24, 7, 7] z) { c =").replace(
+        "Relu (c)", "Relu (c)  z = Neg (y)"
+    )
     model = lowered(kind, spec, "static", ranges, text=text if kind == "conv" else None)
     compiled, error = compile_and_compare(model, kind, tmp_path)
     assert list(compiled.facts["forms"].values()) == ["integer"]
     assert compiled.facts["operations"][op] == 1
-    assert error < 5e-3
+    assert error < 2e-2
+
+
+def test_a_static_product_of_a_batch_of_matrices_is_an_integer_product(tmp_path: Path) -> None:
+    text = MATMUL.replace("float[n, 96]", "float[n, 2, 96]").replace("float[n, 24]", "float[n, 2, 24]")
+    model = lowered("matmul", "int8-sym-channel-fp16", "static", {"x": StaticRange(0.03, 128)}, text=text)
+    data = {"x": RNG.standard_normal((3, 2, 96)).astype(np.float32)}
+    compiled, error = compile_and_compare(model, "matmul", tmp_path, data)
+    assert compiled.facts["operations"]["MatMulIntegerToFloat"] == 1
+    assert error < 1e-5
 
 
 def test_static_activations_with_group_scales_stay_exact(tmp_path: Path) -> None:
@@ -174,7 +189,9 @@ def test_a_tied_table_is_written_once_and_serves_gather_and_product(tmp_path: Pa
     counts = compiled.facts["operations"]
     assert (counts["GatherBlockQuantized"], counts["MatMulNBits"]) == (1, 1)
     assert error < 1e-5
-    held = sum(v.const_value.nbytes for v in ir.load(tmp_path / "model.ort.onnx").graph.initializers.values() if v.const_value)
+    held = sum(
+        v.const_value.nbytes for v in ir.load(tmp_path / "model.ort.onnx").graph.initializers.values() if v.const_value
+    )
     assert held < 24 * 96 * 4 / 8 * 1.6
 
 

@@ -30,7 +30,8 @@ def model_of(text: str, opset: int = 21, seed: int = 0, **weights: tuple[int, ..
     rng = np.random.default_rng(seed)
     proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
     proto.graph.initializer.extend(
-        onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name) for name, shape in weights.items()
+        onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        for name, shape in weights.items()
     )
     return Model(ir.from_proto(onnx.shape_inference.infer_shapes(proto)))
 
@@ -44,7 +45,9 @@ MLP = """agraph (float[n, 20] x) => (float[n, 4] y) {
 
 
 def mlp(opset: int = 21) -> Model:
-    model = model_of(MLP.replace('<"fc1"> ', "").replace('<"fc2"> ', ""), opset, w1=(20, 12), b1=(12,), w2=(4, 12), b2=(4,))
+    model = model_of(
+        MLP.replace('<"fc1"> ', "").replace('<"fc2"> ', ""), opset, w1=(20, 12), b1=(12,), w2=(4, 12), b2=(4,)
+    )
     for node in model.graph:
         node.name = {"MatMul": "fc1", "Gemm": "fc2"}.get(node.op_type, node.op_type)
     return model
@@ -256,7 +259,10 @@ def test_a_half_precision_weight_is_decoded_to_half_precision() -> None:
     model = model_of("agraph (float16[n, 20] x) => (float16[n, 6] y) { y = MatMul (x, w) }", w=(20, 6))
     weight = model.graph.initializers["w"]
     assert weight.const_value is not None
-    weight.const_value, weight.dtype = ir.tensor(weight.const_value.numpy().astype(np.float16), name="w"), ir.DataType.FLOAT16
+    weight.const_value, weight.dtype = (
+        ir.tensor(weight.const_value.numpy().astype(np.float16), name="w"),
+        ir.DataType.FLOAT16,
+    )
     plan(model, "uint4-asym-g8-fp16")
     want = X @ decoded(model)["w"]
     lower(model)
