@@ -66,7 +66,9 @@ class Preprocess:
             key, _, value = part.partition("=")
             if key not in _KEYS or key in given:
                 known = ", ".join(_KEYS)
-                raise BadOption(f"'{part}' means nothing", "--preprocess", f"use each of {known} at most once, as key=value")
+                raise BadOption(
+                    f"'{part}' means nothing", "--preprocess", f"use each of {known} at most once, as key=value"
+                )
             given[key] = value.strip().lower()
         try:
             return _build(given)

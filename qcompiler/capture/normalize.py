@@ -50,7 +50,10 @@ def normalize(model: ir.Model, where: str = "model") -> ir.Model:
     common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model = _uplift(model, where)
-    _simplify(model)
+    try:
+        _simplify(model)
+    except Exception as error:  # the passes trust operators to have their inputs and attributes
+        raise BadModel(f"holds an invalid operation ({_first_line(error)})", where) from error
     _keep_module_paths(model)
     _name_weights(model)
     model.metadata_props.clear()
@@ -67,10 +70,15 @@ def _uplift(model: ir.Model, where: str) -> ir.Model:
         if version < OPSET:
             version_converter.convert_version(model, OPSET)
     except Exception as error:  # both converters raise whatever they like
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         fix = "export the model with opset 18 or later"
         raise BadModel(f"cannot be converted from opset {version} to {OPSET} ({reason})", where, fix) from error
     return model
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
 
 
 def _convert_with_onnx(model: ir.Model, target: int) -> ir.Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import tempfile
@@ -12,6 +13,8 @@ import numpy as np
 import onnx
 import onnx.helper as oh
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qcompiler.capture.onnx import check_file, load_onnx
 from qcompiler.capture.wire import MAX_NODES
@@ -230,6 +233,26 @@ def test_nothing_is_left_of_a_refused_model(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BadModel):
         load_onnx(edited(nan)(tmp_path))
     assert list(private.iterdir()) == []
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_files_are_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
+    """Any cut and any changed byte gives BadModel or a model that can be checked; never another error."""
+    graph = m.model(
+        [oh.make_node("MatMul", ["x", "w"], ["a"], "n"), oh.make_node("Relu", ["a"], ["y"])], [m.tensor("w", 200, 3)]
+    )
+    whole = bytearray(graph.SerializeToString())
+    small = [i for i in range(len(whole)) if i < 100 or i > len(whole) - 100]
+    if data.draw(st.booleans()):
+        whole = whole[: data.draw(st.sampled_from(small))]
+    else:
+        for _ in range(data.draw(st.integers(1, 3))):
+            whole[data.draw(st.sampled_from(small))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(bytes(whole))
+    with contextlib.suppress(BadModel):
+        load_onnx(path)
 
 
 def test_good_files_pass(tmp_path: Path) -> None:

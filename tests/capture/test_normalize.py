@@ -102,6 +102,19 @@ def test_folding_never_makes_something_huge(tmp_path: Path) -> None:
     assert ops(captured)["Expand"] == 1
 
 
+def test_constants_that_do_not_fit_are_left_to_the_runtime(tmp_path: Path) -> None:
+    nodes = [oh.make_node("MatMul", ["a", "b"], ["c"]), oh.make_node("Add", ["x", "c"], ["y"])]
+    weights = [m.tensor("a", 2, 3), m.tensor("b", 4, 5)]
+    assert ops(load_onnx(m.saved(m.model(nodes, weights), tmp_path)).ir) == {"MatMul": 1, "Add": 1}
+
+
+@pytest.mark.parametrize(("op", "inputs", "attributes"), [("Identity", [], {}), ("Cast", ["x"], {"to": 77})])
+def test_invalid_operations_are_refused(op: str, inputs: list[str], attributes: dict[str, int], tmp_path: Path) -> None:
+    nodes = [oh.make_node(op, inputs, ["c"], **attributes), oh.make_node("Relu", ["c"], ["y"])]
+    with pytest.raises(BadModel, match="invalid operation"):
+        load_onnx(m.saved(m.model(nodes, []), tmp_path))
+
+
 def test_branches_stay_valid(tmp_path: Path) -> None:
     def branch(name: str, op: str) -> onnx.GraphProto:
         return oh.make_graph([oh.make_node(op, ["p"], [name])], name, [], [oh.make_tensor_value_info(name, 1, None)])
