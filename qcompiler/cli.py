@@ -25,6 +25,7 @@ from qcompiler.errors import QcompilerError
 OTHER_COMMANDS = (
     "On a compiled folder: qcompile run, qcompile eval, qcompile bench, qcompile diagnose (each has --help)."
 )
+_INTERRUPTED = 130
 
 
 class _CompileByDefault(TyperGroup):
@@ -60,9 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; every failure becomes one line on stderr and an exit code."""
     try:
-        return int(app(list(arguments), prog_name="qcompile", standalone_mode=False) or 0)
+        code = int(app(list(arguments), prog_name="qcompile", standalone_mode=False) or 0)
+        return _interrupted() if code == _INTERRUPTED else code  # newer versions of typer catch the interrupt
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; measurements so far are kept in the cache", 130)
+        return _interrupted()
     except QcompilerError as error:
         return _fail(str(error), 2)
     except MemoryError:
@@ -79,6 +81,10 @@ def run_command(arguments: Sequence[str]) -> int:
         if hasattr(error, "format_message"):  # a usage error of typer, or of click in older versions of typer
             return _fail(_usage(error), 2)
         return _bug(error)
+
+
+def _interrupted() -> int:
+    return _fail("interrupted; measurements so far are kept in the cache", _INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,0 +1,192 @@
+"""compile, load and the pieces they are made of, from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import qcompiler as qc
+from qcompiler.build.recipe import Options, build_pipeline, default_recipe, fill, recipes
+from qcompiler.build.samples import Source, gather
+from qcompiler.errors import BadModel, BadOption
+from qcompiler.passes.plan.allocate import Allocate
+from qcompiler.passes.plan.uniform import Uniform
+from qcompiler.progress import Silent
+
+PIPELINE = """
+[[pass]]
+name = "allocate"
+
+[[pass]]
+name = "gptq"
+
+[[pass]]
+name = "insert-qdq"
+"""
+
+
+def write_model(path: Path, *, conv: bool = False) -> Path:
+    rng = np.random.default_rng(0)
+    if conv:
+        weights = {"w": rng.normal(size=(8, 3, 3, 3)).astype("f")}
+        nodes = [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])]
+        shapes = ["n", 3, 8, 8], ["n", 8, 8, 8]
+    else:
+        weights = {f"w{i}": rng.normal(size=(32, 32)).astype("f") / 4 for i in range(4)}
+        names = ["x", "a", "b", "c", "y"]
+        nodes = [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(4)]
+        shapes = ["n", 32], ["n", 32]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shapes[0])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shapes[1])],
+        [numpy_helper.from_array(w, name) for name, w in weights.items()],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mixed.toml").write_text(PIPELINE)
+    return write_model(tmp_path / "chain.onnx")
+
+
+def batches(count: int = 6) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    return [{"x": rng.normal(size=(4, 32)).astype("f")} for _ in range(count)]
+
+
+def test_compile_meets_the_budget_and_remembers_how(work: Path) -> None:
+    result = qc.compile(work, "onnx", "4.6bits", batches(), "mixed.toml", activations="float")
+    assert result.artifact == Path("chain.qc")
+    assert 4 < result.bits_per_weight <= 4.6
+    assert result.lower_bound is not None
+    assert result.predicted_loss is not None
+    assert result.lower_bound <= result.predicted_loss
+    manifest = qc.load("chain.qc").manifest
+    assert manifest["bits_per_weight"] == result.bits_per_weight
+    assert manifest["budget"] == ["4.6bits"]
+    assert manifest["original"]["path"] == str(work)
+    assert manifest["calibration"]["samples"] + manifest["calibration"]["held_back"] == 24
+    assert set(manifest["files"]) >= {"model.onnx", "report.html"}
+    assert {v["inputs"] for v in manifest["verification"]} == {"calibration", "random", "held back"}
+
+
+def test_the_budget_holds_in_the_file(work: Path) -> None:
+    """Counted independently: the bytes of every initializer in model.onnx."""
+    result = qc.compile(work, "onnx", "6bits", batches(), "mixed.toml", activations="float")
+    model = onnx.load("chain.qc/model.onnx")
+    four = (TensorProto.INT4, TensorProto.UINT4)
+    size = 0
+    for tensor in model.graph.initializer:
+        count = int(np.prod(tensor.dims))
+        one = 0.5 if tensor.data_type in four else numpy_helper.to_array(tensor).dtype.itemsize
+        size += int(np.ceil(count * one))
+    assert size * 8 / (4 * 32 * 32) <= 6 + 0.1  # scalars of shape arithmetic are no weights
+    assert result.stored_bytes <= size <= result.stored_bytes + 64
+
+
+def test_the_model_that_is_given_is_not_changed(work: Path) -> None:
+    model = qc.load(work)
+    before = {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
+    nodes = [node.op_type for node in model.graph]
+    qc.compile(model, "onnx", "5bits", batches(), "mixed.toml", output="a.qc", activations="float")
+    assert not model.lowered
+    assert not model.plan.sites
+    assert [node.op_type for node in model.graph] == nodes
+    for name, array in before.items():
+        np.testing.assert_array_equal(model.graph.initializers[name].const_value.numpy(), array)
+
+
+def test_the_same_call_gives_the_same_codes(work: Path) -> None:
+    import hashlib
+
+    digests = []
+    for name, resume in (("a.qc", True), ("b.qc", True), ("c.qc", False)):
+        qc.compile(work, "onnx", "5bits", batches(), "mixed.toml", output=name, resume=resume, activations="float")
+        digests.append(hashlib.sha256(Path(name, "model.onnx").read_bytes()).hexdigest())
+    assert len(set(digests)) == 1
+
+
+def test_the_artifact_is_close_to_the_original_and_more_bits_are_closer(work: Path) -> None:
+    found = []
+    for budget in ("4.6bits", "8.6bits"):
+        result = qc.compile(work, "onnx", budget, batches(), "mixed.toml", output="a.qc", activations="float")
+        found.append(result.fidelity["sqnr_db"])
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[1] > found[0] + 10
+
+
+def test_explain_plans_and_writes_nothing(work: Path) -> None:
+    result = qc.compile(work, "onnx", "5bits", batches(), "mixed.toml", explain=True, activations="float")
+    assert result.artifact is None
+    assert not Path("chain.qc").exists()
+    assert len(result.plan.sites) == 4
+    assert result.peak_rss_bytes > 100_000_000
+
+
+def test_load_tells_models_from_artifacts(work: Path) -> None:
+    assert isinstance(qc.load(work), qc.Model)
+    with pytest.raises(BadModel):
+        qc.load(work.parent)
+
+
+def test_recipes_are_complete_and_valid() -> None:
+    from qcompiler import registry
+
+    assert recipes() == ["convolutional", "int8", "quick", "transformer"]
+    from importlib import resources
+
+    for name in recipes():
+        text = (resources.files("qcompiler.passes") / "recipes" / f"{name}.toml").read_text()
+        names = [line.split('"')[1] for line in text.splitlines() if line.startswith("name")]
+        assert names[-1] == "insert-qdq"
+        assert set(names) <= set(registry.names("passes"))
+
+
+def test_the_default_recipe_follows_the_model(work: Path) -> None:
+    assert default_recipe(qc.load(work)) == "transformer"
+    assert default_recipe(qc.load(write_model(work.with_name("conv.onnx"), conv=True))) == "convolutional"
+
+
+def test_options_reach_every_pass_that_has_them() -> None:
+    options = Options("onnx", ("3bits", "1MB"), ("w*",), 0, "float", frozenset({"target", "budget", "keep", "activations"}))
+    filled = fill(qc.Pipeline([Allocate(target="cpu")]), options).passes[0]
+    assert isinstance(filled, Allocate)
+    assert filled == Allocate(budget=("3bits", "1MB"), target="onnx", keep=("w*",), activations="float")
+
+
+def test_what_a_pipeline_says_stays_unless_the_user_says_otherwise() -> None:
+    options = Options("onnx", given=frozenset({"target"}))
+    filled = fill(qc.Pipeline([Allocate(budget=("3bits",), activations="static", keep=("a",))]), options).passes[0]
+    assert filled == Allocate(budget=("3bits",), activations="static", keep=("a",), target="onnx")
+
+
+def test_an_option_that_nothing_takes_is_refused(work: Path) -> None:
+    options = Options("onnx", ("3bits",), given=frozenset({"target", "budget"}))
+    with pytest.raises(BadOption, match="--budget"):
+        build_pipeline(qc.Pipeline([Uniform()]), qc.load(work), options)
+
+
+@pytest.mark.parametrize(("count", "used", "held"), [(1, 1, 1), (3, 3, 3), (4, 2, 2), (24, 21, 3), (1000, 936, 64)])
+def test_an_eighth_is_held_back(work: Path, count: int, used: int, held: int) -> None:
+    data = np.random.default_rng(0).normal(size=(count, 32)).astype("f")
+    samples = gather(Source([{"x": data}]), qc.load(work), 0, Silent())
+    assert (samples.used.count, samples.held.count) == (used, held)
+    if count >= 4:
+        seen = np.concatenate([feed["x"] for part in (samples.used, samples.held) for feed in part.batches(8)])
+        np.testing.assert_array_equal(seen, data)
+
+
+def test_public_names_exist() -> None:
+    for name in qc.__all__:
+        assert getattr(qc, name) is not None
+    with pytest.raises(AttributeError):
+        _ = qc.nothing  # type: ignore[attr-defined]

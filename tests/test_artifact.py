@@ -1,0 +1,164 @@
+"""The artifact folder: all or nothing, never over somebody else's files, and verified."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qcompiler.artifact import check_output, compare, load_artifact, new_folder, read_manifest, write_manifest
+from qcompiler.artifact.verify import FreshProcess, check
+from qcompiler.errors import BadData, BadModel, OutputError, VerificationFailed
+from qcompiler.target import Tolerance
+
+
+def make(out: Path, text: str) -> None:
+    with new_folder(out) as folder:
+        (folder / "weights.bin").write_text(text)
+        write_manifest(folder, {"target": "onnx", "inputs": [{"name": "x", "dtype": "float32", "shape": ["n", 4]}]})
+
+
+def test_a_complete_folder_replaces_an_earlier_artifact(tmp_path: Path) -> None:
+    out = tmp_path / "a.qc"
+    make(out, "first")
+    make(out, "second")
+    assert (out / "weights.bin").read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.qc"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), VerificationFailed("x")])
+def test_a_failed_folder_leaves_the_earlier_artifact(tmp_path: Path, error: BaseException) -> None:
+    out = tmp_path / "a.qc"
+    make(out, "first")
+    with pytest.raises(type(error)), new_folder(out) as folder:
+        (folder / "weights.bin").write_text("half")
+        raise error
+    assert (out / "weights.bin").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.qc"]
+
+
+def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path: Path) -> None:
+    out = tmp_path / "a.qc"
+    out.mkdir()
+    (out / "manifest.json").write_text('{"kind": "shopping list"}')
+    with pytest.raises(OutputError, match="not an artifact"):
+        check_output(out)
+    with pytest.raises(OutputError, match="not an artifact"):
+        make(out, "ours")
+    assert [p.name for p in out.iterdir()] == ["manifest.json"]
+
+
+def test_what_appears_at_the_place_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "a.qc"
+    with pytest.raises(OutputError, match="not an artifact"), new_folder(out) as folder:
+        (folder / "weights.bin").write_text("ours")
+        out.write_text("theirs")
+    assert out.read_text() == "theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.qc"]
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    out = tmp_path / "a.qc"
+    out.mkdir()
+    make(out, "ours")
+    assert (out / "weights.bin").exists()
+
+
+def test_full_disk_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no room left"), new_folder(tmp_path / "a.qc"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_parent_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write there"):
+        check_output(tmp_path / "no" / "a.qc")
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    make(tmp_path / "a.qc", "x")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert (tmp_path / "a.qc").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
+    out = tmp_path / "a.qc"
+    make(out, "first")
+    assert load_artifact(out).manifest["target"] == "onnx"
+    (out / "weights.bin").write_text("fIrst")
+    with pytest.raises(BadModel, match="changed after compilation"):
+        load_artifact(out)
+    (out / "weights.bin").unlink()
+    with pytest.raises(BadModel, match="is missing"):
+        load_artifact(out)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "x"}', "\x00"])
+def test_a_broken_manifest_is_a_bad_model(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(BadModel):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a.qc", "x")
+    path = tmp_path / "a.qc" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    with pytest.raises(BadModel, match="schema 99"):
+        read_manifest(tmp_path / "a.qc")
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        ({}, "missing"),
+        ({"x": np.zeros((2, 4), "f"), "z": np.zeros(1)}, "no such input"),
+        ({"x": np.zeros((2, 5), "f")}, "does not fit"),
+        ({"x": np.zeros((2, 4, 1), "f")}, "does not fit"),
+        ({"x": np.zeros((2, 4))}, "does not fit"),
+    ],
+)
+def test_wrong_feeds_are_bad_data(tmp_path: Path, feeds: dict[str, np.ndarray], message: str) -> None:
+    make(tmp_path / "a.qc", "x")
+    with pytest.raises(BadData, match=message):
+        load_artifact(tmp_path / "a.qc").run(feeds)
+
+
+def test_comparison_is_relative_to_the_reference() -> None:
+    reference = {"y": np.array([3.0, 4.0], "f"), "k": np.array([1, 2])}
+    found = compare({"y": np.array([3.0, 4.5], "f"), "k": np.array([1, 2])}, reference)
+    assert found.output == "y"
+    assert found.relative == pytest.approx(0.1)
+    check(found, Tolerance(0.11, "test"), "on test inputs")
+    with pytest.raises(VerificationFailed, match="'y', on test inputs"):
+        check(found, Tolerance(0.09, "test"), "on test inputs")
+
+
+def test_nan_that_the_reference_has_not_is_infinitely_far() -> None:
+    reference = {"y": np.array([1.0, np.nan], "f")}
+    assert compare({"y": np.array([1.0, np.nan], "f")}, reference).relative == 0
+    assert compare({"y": np.array([np.nan, np.nan], "f")}, reference).relative == float("inf")
+
+
+def test_integer_outputs_count_what_differs() -> None:
+    assert compare({"y": np.array([1, 2, 3, 5])}, {"y": np.array([1, 2, 3, 4])}).relative == 0.25
+
+
+@pytest.mark.parametrize("outputs", [{}, {"y": np.zeros(3, "f")}, {"y": np.zeros(2, "d")}])
+def test_missing_or_misshapen_outputs_fail(outputs: dict[str, np.ndarray]) -> None:
+    with pytest.raises(VerificationFailed, match="output 'y'"):
+        compare(outputs, {"y": np.zeros(2, "f")})
+
+
+def test_files_that_do_not_run_fail_with_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(VerificationFailed, match="does not run"):
+        next(FreshProcess("onnx", tmp_path).run([{"x": np.zeros((1, 4), "f")}]))
+
+
+def test_files_that_hang_fail(tmp_path: Path) -> None:
+    with pytest.raises(VerificationFailed, match="did not finish"):
+        next(FreshProcess("onnx", tmp_path, timeout=0.01).run([{"x": np.zeros((1, 4), "f")}]))
