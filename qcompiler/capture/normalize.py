@@ -21,7 +21,7 @@ from onnxscript.rewriter.rules.common import (
     fuse_batchnorm_into_gemm_rule,
 )
 
-from qcompiler.errors import BadModel
+from qcompiler.errors import BadModel, QcompilerError
 
 OPSET = 21
 MODULE_KEY = "qcompiler.module"
@@ -40,20 +40,33 @@ def normalize(model: ir.Model, where: str = "model") -> ir.Model:
     """The normal form of a model; the argument is changed and may be returned.
 
     Raises:
-        BadModel: the graph has a circle, or no converter can bring it to opset 21.
+        BadModel: the graph has a circle or an invalid operation, or no converter can bring it to opset 21.
     """
-    common.RemoveInitializersFromInputsPass()(model)
     try:
         model.graph.sort()
     except ValueError as error:
         raise BadModel("nodes need each other's outputs in a circle", where) from error
+    try:
+        return _normalized(model, where)
+    except QcompilerError:
+        raise
+    except Exception as error:  # the passes trust operators to have their inputs and attributes
+        raise BadModel(f"holds an invalid operation or type ({root_cause(error)})", where) from error
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the innermost error of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _normalized(model: ir.Model, where: str) -> ir.Model:
+    common.RemoveInitializersFromInputsPass()(model)
     common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model = _uplift(model, where)
-    try:
-        _simplify(model)
-    except Exception as error:  # the passes trust operators to have their inputs and attributes
-        raise BadModel(f"holds an invalid operation ({_first_line(error)})", where) from error
+    _simplify(model)
     _keep_module_paths(model)
     _name_weights(model)
     model.metadata_props.clear()
@@ -70,15 +83,10 @@ def _uplift(model: ir.Model, where: str) -> ir.Model:
         if version < OPSET:
             version_converter.convert_version(model, OPSET)
     except Exception as error:  # both converters raise whatever they like
-        reason = _first_line(error)
+        reason = root_cause(error)
         fix = "export the model with opset 18 or later"
         raise BadModel(f"cannot be converted from opset {version} to {OPSET} ({reason})", where, fix) from error
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
 
 
 def _convert_with_onnx(model: ir.Model, target: int) -> ir.Model:

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from qcompiler.capture import tensors, wire
 from qcompiler.capture.check import check_structure
-from qcompiler.capture.normalize import normalize
+from qcompiler.capture.normalize import normalize, root_cause
 from qcompiler.errors import BadModel
 from qcompiler.model import Model
 
@@ -70,7 +70,10 @@ def load_onnx(path: Path, workdir: Path | None = None) -> Model:
     skeleton = folder / "captured.onnx"
     skeleton.write_bytes(proto.SerializeToString())
     del proto, sources.spans[:]
-    captured = ir.load(skeleton)
+    try:
+        captured = ir.load(skeleton)
+    except Exception as error:  # onnx_ir raises what its enums and decoders raise
+        raise BadModel(f"holds an invalid operation or type ({root_cause(error)})", str(path)) from error
     _check_finite(captured, sources.notes, str(path))
     captured = normalize(captured, str(path))
     captured.meta["folder"] = folder  # tensors read from it as long as the graph lives

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -109,7 +110,7 @@ def test_constants_that_do_not_fit_are_left_to_the_runtime(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("op", "inputs", "attributes"), [("Identity", [], {}), ("Cast", ["x"], {"to": 77})])
-def test_invalid_operations_are_refused(op: str, inputs: list[str], attributes: dict[str, int], tmp_path: Path) -> None:
+def test_invalid_operations_are_refused(op: str, inputs: list[str], attributes: dict[str, Any], tmp_path: Path) -> None:
     nodes = [oh.make_node(op, inputs, ["c"], **attributes), oh.make_node("Relu", ["c"], ["y"])]
     with pytest.raises(BadModel, match="invalid operation"):
         load_onnx(m.saved(m.model(nodes, []), tmp_path))
