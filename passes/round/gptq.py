@@ -117,7 +117,7 @@ class GPTQ(Pass):
         """Mean of x x^T, and of (exact - x) x^T if the error is to be followed: [blocks, columns, columns]."""
         follow = self.sequential and self.follow > 0
         limit = max(1, _ROWS // len(streams.rounded))
-        gram: Floats = np.zeros((block_count(site), site.columns, site.columns), np.float32)
+        gram = np.zeros((block_count(site), site.columns, site.columns), np.float32)
         cross: Floats | None = np.zeros_like(gram) if follow else None
         count = 0
         for rounded, exact in streams.inputs(segment, site):
@@ -130,7 +130,7 @@ class GPTQ(Pass):
                 y = input_rows(site, exact, limit, rng).transpose(1, 0, 2)
                 cross += (y - x).transpose(0, 2, 1) @ x
         mean = np.float32(1 / max(count, 1))
-        return gram * mean, None if cross is None else cross * mean
+        return gram * mean, None if cross is None else np.asarray(cross * mean, np.float32)
 
 
 def _by_input(segment: Segment, model: Model) -> list[list[Site]]:

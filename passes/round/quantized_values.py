@@ -1,0 +1,108 @@
+"""Which values of a graph get a static 8-bit grid, so that integer kernels can take over from end to end.
+
+ONNX Runtime runs a convolution on integers only if its input *and* its result are quantized, and it drops a
+Relu or Clip in between if the grid holds nothing that they would cut off. Additions, concatenations, pools and
+the like follow when all their operands are quantized. Products (Gemm, MatMul) need their input only; their
+result stays exact where no integer operation reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+_MOVES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})  # keep grid and codes
+_COMPUTES = frozenset({"Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid"})
+
+
+@dataclass(frozen=True)
+class Target:
+    """One value to be quantized.
+
+    Attributes:
+        value: behind the Relu or Clip that the quantizer takes over, if there is one.
+        low, high: its range may not reach beyond these (the bounds of that Relu or Clip).
+        like: the value whose grid it must share, because the operation between only moves codes.
+    """
+
+    value: ir.Value
+    low: float = -np.inf
+    high: float = np.inf
+    like: ir.Value | None = None
+
+
+def choose_values(graph: ir.Graph, products: Collection[ir.Node], outputs: bool) -> list[Target]:
+    """The values to quantize, in topological order.
+
+    Args:
+        graph: the float graph, sorted.
+        products: the operations of the sites whose activations are static.
+        outputs: whether results of the graph itself may be quantized.
+    """
+    found: dict[ir.Value, Target] = {}
+
+    def add(target: Target) -> None:
+        value = target.value
+        if (outputs or not value.is_graph_output()) and value.dtype in (None, ir.DataType.FLOAT):
+            found.setdefault(value, target)
+
+    for node in graph:
+        if node in products:
+            source = node.inputs[0]
+            assert source is not None
+            if source not in found:
+                add(_behind(source))
+            if node.op_type == "Conv":
+                add(_absorbed(node.outputs[0]))
+        elif node.domain == "" and node.op_type in _COMPUTES | _MOVES:
+            _follow(node, found, add)
+    return list(found.values())
+
+
+def _follow(node: ir.Node, found: dict[ir.Value, Target], add: object) -> None:
+    operands = [v for v in node.inputs if v is not None]
+    data = operands[:1] if node.op_type in _MOVES else operands
+    if not data or any(value not in found for value in data):
+        return
+    assert callable(add)
+    if node.op_type in _MOVES:
+        first = found[data[0]]
+        add(Target(node.outputs[0], first.low, first.high, first.like or data[0]))
+    else:
+        add(_absorbed(node.outputs[0]))
+
+
+def _behind(value: ir.Value) -> Target:
+    """A value with the bounds of the Relu or Clip that makes it."""
+    producer = value.producer()
+    bounds = None if producer is None else _bounds(producer)
+    return Target(value) if bounds is None else Target(value, *bounds)
+
+
+def _absorbed(value: ir.Value) -> Target:
+    """A value, or the result of the only operation that reads it if that is a Relu or Clip."""
+    uses = tuple(value.uses())
+    if len(uses) == 1 and not value.is_graph_output():
+        bounds = _bounds(uses[0].node)
+        if bounds is not None:
+            return Target(uses[0].node.outputs[0], *bounds)
+    return Target(value)
+
+
+def _bounds(node: ir.Node) -> tuple[float, float] | None:
+    """What a Relu or a Clip with constant bounds around zero lets through; None for other operations."""
+    if node.domain == "" and node.op_type == "Relu":
+        return 0.0, float(np.inf)
+    if node.domain != "" or node.op_type != "Clip":
+        return None
+    ends = [-np.inf, np.inf]
+    for index, value in enumerate(node.inputs[1:3]):
+        if value is not None:
+            tensor = ir.convenience.get_const_tensor(value)
+            if tensor is None:
+                return None
+            ends[index] = float(tensor.numpy().reshape(()))
+    return (float(ends[0]), float(ends[1])) if ends[0] <= 0 <= ends[1] else None
