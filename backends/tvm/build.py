@@ -8,6 +8,11 @@ from typing import Any
 from qcompiler.backends.tvm.kernels import KernelSet
 from qcompiler.progress import Progress
 
+_FLAGS = {  # LLVM's name -> the kernel's, of the instruction sets that matter
+    "avx2": "avx2", "fma": "fma", "avx512f": "avx512f", "avx512vl": "avx512vl", "avx512bw": "avx512bw",
+    "avx512vnni": "avx512_vnni", "avx512fp16": "avx512_fp16", "avxvnni": "avx_vnni",
+}  # fmt: skip
+
 
 def host_target(cpu: str | None = None) -> Any:
     """The LLVM target of this machine, or of a named CPU ("x86-64-v3", "sapphirerapids")."""
@@ -27,17 +32,17 @@ def has_vnni(target: Any) -> bool:
 def build_library(module: Any, kernels: KernelSet, target: Any, path: Path, progress: Progress) -> None:
     """Compile everything into one shared library at `path`."""
     import tvm
-    from tvm import relax
     from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
-    from qcompiler.backends.tvm.schedule import schedule_module
+    from qcompiler.backends.tvm.schedule import schedule_pass
+    from qcompiler.backends.tvm.tvm_api import relax
 
     passes = [
         *cpu_generic.library_dispatch_passes(target),
         *cpu_generic.legalize_passes(target),
         *cpu_generic.dataflow_lower_passes(target),
         *cpu_generic.finalize_passes(target),
-        schedule_module,
+        schedule_pass(),
     ]
     with target:
         executable = relax.build(module, target=target, relax_pipeline=tvm.transform.Sequential(passes))
@@ -51,5 +56,4 @@ def features_of(target: Any) -> list[str]:
     """Names of /proc/cpuinfo for the instruction sets that the library may use."""
     from tvm.target import codegen
 
-    known = {"avx2": "avx2", "avx512f": "avx512f", "avx512vnni": "avx512_vnni", "avx512fp16": "avx512_fp16", "avxvnni": "avx_vnni"}
-    return [flag for feature, flag in known.items() if codegen.llvm_cpu_has_features([feature], target)]
+    return [flag for feature, flag in _FLAGS.items() if codegen.llvm_cpu_has_features([feature], target)]

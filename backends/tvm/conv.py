@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx import PrimFunc, Var
-from tvm.tirx.script import builder as B
-
 from qcompiler.backends.tvm.geometry import FlatFormat, Geometry
 from qcompiler.backends.tvm.lanes import (
-    Expr, argument, as_float, buffer_dtype, get, ints, lanes, put, register, spread,
+    Expr,
+    argument,
+    as_float,
+    buffer_dtype,
+    get,
+    ints,
+    lanes,
+    put,
+    register,
+    spread,
 )  # fmt: skip
 from qcompiler.backends.tvm.layout import LANES, QUAD, Tiling
 from qcompiler.backends.tvm.matmul import ROWS_AT_ONCE, begin
 from qcompiler.backends.tvm.panel import Dot, Panel, Weights, multiply, tiles_at_once, weight_arguments, zero_of
+from qcompiler.backends.tvm.tvm_api import B, IRBuilder, PrimFunc, T, Var
 from qcompiler.formats.packing import plane_widths
 
 STRIPE = 64  # output pixels that one job unfolds: its operand stays in the L2 cache
@@ -77,10 +82,10 @@ def dense(name: str, geo: Geometry, t: Tiling, dot: Dot) -> PrimFunc:
             _places(at, first, call)
             _unfold(call, geo, t, image, at, rows, sums)
             tiles, many = tiles_at_once(t), ROWS_AT_ONCE[dot]
-            with B.serial(t.tiles // tiles) as tile, B.serial(STRIPE // many) as block:
-                with B.If(first + block * many < pixels), B.Then():
-                    panel = Panel(dot, many, tiles)
-                    _block(panel, w, call, geo, (image, tile * tiles, block * many), rows, sums, at)
+            blocks = (T.min(pixels - first, B.int64(STRIPE)) + (many - 1)) // many
+            with B.serial(t.tiles // tiles) as tile, B.serial(blocks) as block:
+                panel = Panel(dot, many, tiles)
+                _block(panel, w, call, geo, (image, tile * tiles, block * many), rows, sums, at)
     return ib.get()
 
 
@@ -91,9 +96,7 @@ def _places(at: list[Expr], first: Expr, call: _Call) -> None:
         B.buffer_store(at[1], (first + p) % call.out[1], [p])
 
 
-def _unfold(
-    call: _Call, geo: Geometry, t: Tiling, image: Expr, at: list[Expr], rows: Expr, sums: Expr
-) -> None:
+def _unfold(call: _Call, geo: Geometry, t: Tiling, image: Expr, at: list[Expr], rows: Expr, sums: Expr) -> None:
     """rows[p, k] = the inputs under the kernel at pixel p (codes minus 128); sums[p, g] = sum of (code - zero)."""
     quantized = call.zero is not None
     kh, kw = geo.kernel
@@ -126,7 +129,8 @@ def _block(
     image, tile, pixel = where
 
     def start(m: int, of: Expr, group: Expr) -> Expr:
-        assert call.zero is not None and w.sums is not None
+        assert call.zero is not None
+        assert w.sums is not None
         codes = spread(call.zero[0] - CENTER) * w.sums[of, group, lanes()]
         return ints(0) - spread(sums[pixel + m, group]) * zero_of(w, of, group) - codes
 
@@ -212,9 +216,7 @@ def _decode(
             B.buffer_store(weights, B.cast(value, "float32") * each_scale, [k])
 
 
-def _pad(
-    call: _Call, geo: Geometry, image: Expr, channel: Expr, padded: Expr, shape: tuple[int, Expr, Expr]
-) -> None:
+def _pad(call: _Call, geo: Geometry, image: Expr, channel: Expr, padded: Expr, shape: tuple[int, Expr, Expr]) -> None:
     """Copy the channels of one group with a border, so that the inner loops need no tests."""
     with B.serial(shape[0]) as c, B.serial(shape[1]) as i, B.serial(shape[2]) as j:
         h, v = i - geo.pads[0], j - geo.pads[1]

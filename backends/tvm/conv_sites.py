@@ -9,6 +9,8 @@ import onnx_ir as ir
 from qcompiler.backends.tvm.geometry import Geometry
 from qcompiler.graph.functions import PackedWeight
 
+FIXED_PADS = ("NOTSET", "VALID", "")  # values of auto_pad that don't depend on the input
+
 
 @dataclass(frozen=True)
 class Spatial:
@@ -26,7 +28,7 @@ def conv_problem(node: ir.Node, weight: PackedWeight) -> str | None:
         return f"a convolution over {len(weight.shape) - 2} dimensions"
     if weight.layout != "conv":
         return "a weight that is not stored as a convolution's"
-    if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID", ""):
+    if node.attributes.get_string("auto_pad", "NOTSET") not in FIXED_PADS:
         return "padding that depends on the size of the input (auto_pad)"
     return None
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx import PrimFunc, Var
-from tvm.tirx.script import builder as B
-
 from qcompiler.backends.tvm.lanes import Expr, argument, get, lanes, put, register, spread
 from qcompiler.backends.tvm.layout import LANES
 from qcompiler.backends.tvm.matmul import begin
+from qcompiler.backends.tvm.tvm_api import B, IRBuilder, PrimFunc, T, Var
 
 ROWS = 4  # rows and vectors of columns that one block of registers holds
 VECTORS = 2

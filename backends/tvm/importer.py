@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import onnx
-from tvm import ir as tvm_ir
-from tvm import relax, sym
-from tvm.relax.frontend.onnx import onnx_frontend
 
 from qcompiler.backends.tvm.kernels import KernelSet
+from qcompiler.backends.tvm.tvm_api import ir, onnx_frontend, relax, sym
 
 Expr = Any  # TVM publishes no types
 
@@ -29,14 +27,14 @@ def import_model(model: onnx.ModelProto, kernels: KernelSet) -> Any:
 
 
 @contextmanager
-def _our_converters(kernels: KernelSet) -> Iterator[None]:
+def _our_converters(kernels: KernelSet) -> Generator[None]:
     original = onnx_frontend._get_convert_map
 
     class FloatProduct(_FloatProduct):
         kernel_set = kernels
 
     ours = {"MatMul": FloatProduct, "QcRows": Rows, "QcMatMul": Product, "QcGather": Lookup, "QcConv": Convolution}
-    onnx_frontend._get_convert_map = lambda: {**original(), **ours, "Range": Range}
+    onnx_frontend._get_convert_map = lambda: {**original(), **ours, "Range": Range, "Gather": Gather}
     try:
         yield
     finally:
@@ -142,8 +140,7 @@ class Convolution(onnx_frontend.OnnxOpConverter):
         sizes = zip(size, attr["size"], attr["strides"], attr["dilations"], strict=True)
         pads = attr["pads"]
         out = [
-            (s + pads[i] + pads[i + rank] - d * (k - 1) - 1) // stride + 1
-            for i, (s, k, stride, d) in enumerate(sizes)
+            (s + pads[i] + pads[i + rank] - d * (k - 1) - 1) // stride + 1 for i, (s, k, stride, d) in enumerate(sizes)
         ]
         if rank == 1:
             x = bb.emit(relax.op.expand_dims(x, axis=2))
@@ -158,15 +155,29 @@ class Range(onnx_frontend.OnnxOpConverter):
     @classmethod
     def _impl_v11(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], params: Any) -> Expr:
         start, limit, step = inputs
-        if tvm_ir.is_prim_expr(limit) and _integer(start) == 0 and _integer(step) == 1:
+        if ir.is_prim_expr(limit) and _integer(start) == 0 and _integer(step) == 1:
             return relax.op.arange(0, limit, 1, "int64")
         return _THEIR_RANGE(bb, inputs, attr, params)
 
 
 def _integer(value: Expr) -> int | None:
     """The value of a constant integer scalar."""
-    constant = value.value.numpy() if isinstance(value, tvm_ir.GenericConst) else None
+    constant = value.value.numpy() if isinstance(value, ir.GenericConst) else None
     return int(constant.item()) if constant is not None and constant.dtype.kind == "i" else None
 
 
 _THEIR_RANGE = onnx_frontend.Range._impl_v12
+
+
+class Gather(onnx_frontend.OnnxOpConverter):
+    """Gather that stays inside its table: TVM's own reads wild memory for an index out of range."""
+
+    @classmethod
+    def _impl_v13(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], params: Any) -> Expr:
+        result = _THEIR_GATHER(bb, inputs, attr, params)
+        if isinstance(result, relax.Call) and result.op.name == "relax.take":
+            return relax.op.take(result.args[0], result.args[1], axis=int(attr.get("axis", 0)), mode="clip")
+        return result
+
+
+_THEIR_GATHER = onnx_frontend.Gather._impl_v13

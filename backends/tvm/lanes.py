@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from tvm.script import tirx as T
-from tvm.tirx.script import builder as B
 
 from qcompiler.backends.tvm.layout import LANES
+from qcompiler.backends.tvm.tvm_api import B, T
 
 Expr = Any  # TVM publishes no types
 

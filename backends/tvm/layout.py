@@ -72,6 +72,11 @@ class Tiling:
         return self.groups * self.padded // QUAD
 
     @property
+    def zero_bits(self) -> int:
+        """Bits in which a zero point lies: 2, 4 or 8, consecutive groups share a byte."""
+        return next(width for width in (2, 4, 8) if width >= self.bits)
+
+    @property
     def middle(self) -> int:
         """The code of zero when there are no zero points."""
         return 1 << (self.bits - 1)
@@ -91,8 +96,8 @@ def tile(weight: QTensor, t: Tiling, row_sums: bool = False) -> Arrays:
     """The arrays of a tiled weight: plane0 (, plane1, plane2), scale (, zero) (, sums).
 
     plane<i> is uint8 [tiles, words of that plane, 64]; scale [tiles, groups, 16] in its stored dtype (bfloat16
-    as uint16); zero uint8 of the same shape; sums int32 of the same shape, the sum of a group's codes, which
-    asymmetric activations need.
+    as uint16); zero uint8 [tiles, bytes, 16], groups packed by `zero_bits`; sums int32 in the shape of scale, the
+    sum of a group's codes, which asymmetric activations need.
     """
     codes = unsigned_codes(weight)
     padded = np.zeros((t.tiles * LANES, t.groups, t.padded), np.uint8)
@@ -109,7 +114,9 @@ def tile(weight: QTensor, t: Tiling, row_sums: bool = False) -> Arrays:
         shift += width
     arrays["scale"] = _stored(_per_group(weight.scale, t), t.scale_dtype)
     if weight.zero is not None:
-        arrays["zero"] = _per_group(weight.zero + _offset(weight), t).astype(np.uint8)
+        zeros = _per_group(weight.zero + _offset(weight), t).astype(np.uint8)
+        packed = pack_plane(zeros.transpose(0, 2, 1), t.zero_bits)
+        arrays["zero"] = np.ascontiguousarray(packed.transpose(0, 2, 1))
     if row_sums:
         sums = padded.sum(axis=2, dtype=np.int32).reshape(t.tiles, LANES, t.groups)
         arrays["sums"] = np.ascontiguousarray(sums.transpose(0, 2, 1))

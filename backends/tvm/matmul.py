@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx import PrimFunc, Var
-from tvm.tirx.script import builder as B
-
 from qcompiler.backends.tvm.lanes import Expr, argument, as_float, get, ints, lanes, put, register, spread
 from qcompiler.backends.tvm.layout import LANES, QUAD, Tiling
 from qcompiler.backends.tvm.panel import (
-    WORD, Dot, Panel, Weights, multiply, tiles_at_once, weight_arguments,
+    Dot,
+    Panel,
+    Weights,
+    multiply,
+    tiles_at_once,
+    weight_arguments,
+    zero_of,
 )  # fmt: skip
+from qcompiler.backends.tvm.tvm_api import B, IRBuilder, PrimFunc, T, Var
 from qcompiler.formats.packing import plane_widths
 
 ROWS_AT_ONCE: dict[str, int] = {"vnni": 8, "portable": 4, "float": 4}
@@ -24,7 +26,7 @@ def begin(name: str) -> None:
 
 
 def quantize_rows(name: str, t: Tiling) -> PrimFunc:
-    """x float32 [m, columns] -> codes int8 [m, words * 4], scale float32 [m], sums int32 [m, groups].
+    """Quantize x float32 [m, columns] to codes int8 [m, words * 4], scales float32 [m], sums int32 [m, groups].
 
     scale = max|x| / 127 (a row of zeros: 1); code = clip(rint(x / scale), -127, 127), half to even. Padding
     columns get code 0; sums are the sums of a group's codes.
@@ -123,8 +125,7 @@ def _rows(
 ) -> None:
     def start(m: int, at: Expr, group: Expr) -> Expr:
         assert sums is not None
-        zero = ints(w.tiling.middle) if w.zero is None else B.cast(w.zero[at, group, lanes()], "int32x16")
-        return ints(0) - spread(sums[row + m, group]) * zero
+        return ints(0) - spread(sums[row + m, group]) * zero_of(w, at, group)
 
     def finish(m: int, b: int, total: Expr) -> None:
         if scales is not None:
@@ -147,7 +148,7 @@ def store_row(y: Expr, row: Expr, column: Expr, columns: int, value: Expr) -> No
 
 
 def pad_rows(name: str, t: Tiling) -> PrimFunc:
-    """x float32 [m, columns] -> [m, words * 4]: every group padded with zeros."""
+    """Copy x float32 [m, columns] to [m, words * 4], every group padded with zeros."""
     rows = Var("m", "int64")
     with IRBuilder() as ib, B.prim_func():
         begin(name)
@@ -156,9 +157,7 @@ def pad_rows(name: str, t: Tiling) -> PrimFunc:
         with B.parallel(rows) as m, B.serial(t.groups) as group, B.serial(t.padded) as k:
             column = group * t.group + k
             inside = T.And(k < t.group, column < t.columns)
-            B.buffer_store(
-                y, T.if_then_else(inside, x[m, column], B.float32(0)), [m, group * t.padded + k]
-            )
+            B.buffer_store(y, T.if_then_else(inside, x[m, column], B.float32(0)), [m, group * t.padded + k])
     return ib.get()
 
 
@@ -187,7 +186,12 @@ def _gather_group(w: Weights, row: Expr, group: Expr, y: Expr, m: Expr) -> None:
     t = w.tiling
     tile, lane = row // LANES, row % LANES
     scale = as_float(w.scale[tile, group, lane], t.scale_dtype, vector=False)
-    zero = B.int32(t.middle) if w.zero is None else B.cast(w.zero[tile, group, lane], "int32")
+    zero = B.int32(t.middle)
+    if w.zero is not None:
+        each = 8 // t.zero_bits
+        byte = B.cast(w.zero[tile, group // each, lane], "int32")
+        moved = T.shift_right(byte, B.cast(group % each * t.zero_bits, "int32"))
+        zero = T.bitwise_and(moved, B.int32((1 << t.zero_bits) - 1))
     with B.serial(T.min(B.int64(t.group), t.columns - group * t.group)) as k:
         quad = group * (t.padded // QUAD) + k // QUAD
         code, shift = B.int32(0), 0
@@ -198,6 +202,3 @@ def _gather_group(w: Weights, row: Expr, group: Expr, y: Expr, m: Expr) -> None:
             code = T.bitwise_or(code, T.shift_left(field, B.int32(shift)))
             shift += width
         B.buffer_store(y, B.cast(code - zero, "float32") * scale, [m, group * t.group + k])
-
-
-__all__ = ["WORD", "gather", "matmul", "pad_rows", "quantize_rows"]

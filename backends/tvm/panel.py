@@ -16,13 +16,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from tvm.script import tirx as T
-from tvm.tirx.script import builder as B
-
 from qcompiler.backends.tvm.lanes import (
-    Expr, argument, as_float, buffer_dtype, get, ints, lanes, put, register, spread,
+    Expr,
+    argument,
+    as_float,
+    buffer_dtype,
+    get,
+    ints,
+    lanes,
+    put,
+    register,
+    spread,
 )  # fmt: skip
 from qcompiler.backends.tvm.layout import LANES, QUAD, Tiling
+from qcompiler.backends.tvm.tvm_api import B, T
 from qcompiler.formats.packing import plane_widths
 
 Dot = Literal["vnni", "portable", "float"]
@@ -57,7 +64,7 @@ def weight_arguments(t: Tiling, sums: bool) -> Weights:
     ]
     grid = (t.tiles, t.groups, LANES)
     scale = argument("scale", grid, buffer_dtype(t.scale_dtype))
-    zero = argument("zero", grid, "uint8") if t.zeros else None
+    zero = argument("zero", (t.tiles, -(-t.groups * t.zero_bits // 8), LANES), "uint8") if t.zeros else None
     return Weights(t, planes, scale, zero, argument("sums", grid, "int32") if sums else None)
 
 
@@ -68,7 +75,14 @@ def tiles_at_once(t: Tiling, most: int = 2) -> int:
 
 def zero_of(w: Weights, tile: Expr, group: Expr) -> Expr:
     """Zero points of 16 rows as int32 lanes."""
-    return ints(w.tiling.middle) if w.zero is None else B.cast(w.zero[tile, group, lanes()], "int32x16")
+    if w.zero is None:
+        return ints(w.tiling.middle)
+    each = 8 // w.tiling.zero_bits
+    byte = B.cast(w.zero[tile, group // each, lanes()], "int32x16")
+    if each == 1:
+        return byte
+    moved = T.shift_right(byte, spread(B.cast(group % each * w.tiling.zero_bits, "int32")))
+    return T.bitwise_and(moved, ints((1 << w.tiling.zero_bits) - 1))
 
 
 def multiply(

@@ -20,7 +20,13 @@ from qcompiler.backends.tvm.layout import QUAD, Tiling
 from qcompiler.backends.tvm.parameters import Parameters
 from qcompiler.errors import BadModel
 from qcompiler.graph.functions import (
-    DOMAIN, LAYOUT, DynamicActivation, PackedWeight, StaticActivation, read_activation, read_weight,
+    DOMAIN,
+    LAYOUT,
+    DynamicActivation,
+    PackedWeight,
+    StaticActivation,
+    read_activation,
+    read_weight,
 )  # fmt: skip
 
 LARGE = 4096  # bytes: constants from this size on are parameters instead of code
@@ -40,7 +46,9 @@ class Rewrite:
     kernels: KernelSet
     parameters: Parameters = field(default_factory=Parameters)
     counts: dict[str, int] = field(default_factory=dict[str, int])
-    _rows: dict[tuple[ir.Value, str], list[ir.Value]] = field(default_factory=dict[tuple[ir.Value, str], list[ir.Value]])
+    _rows: dict[tuple[ir.Value, str], list[ir.Value]] = field(
+        default_factory=dict[tuple[ir.Value, str], list[ir.Value]]
+    )
 
     def run(self) -> None:
         """Replace all packed weights; BadModel names the first one that no kernel takes."""
@@ -73,7 +81,7 @@ class Rewrite:
         assert source is not None
         operands = self._row_operands(node, source, tiling, integer)
         kernel = self.kernels.matmul(tiling, integer)
-        inputs = [source, *operands, *arrays]
+        inputs: list[ir.Value | None] = [source, *operands, *arrays]
         return self._emit(node, "QcMatMul", inputs, {"kernel": kernel, "rows": tiling.rows})
 
     def _row_operands(self, node: ir.Node, source: ir.Value, t: Tiling, integer: bool) -> list[ir.Value]:
@@ -159,10 +167,11 @@ class Rewrite:
     def _emit(
         self, node: ir.Node, op: str, inputs: list[ir.Value | None], attributes: dict[str, Any], domain: str = DOMAIN
     ) -> ir.Value:
-        self.counts[op] = self.counts.get(op, 0) + (domain == DOMAIN)
-        made = ir.node(op, inputs, attributes, domain=domain, name=f"{node.name}_{op}_{len(self.counts)}")
+        if domain == DOMAIN:
+            self.counts[op] = self.counts.get(op, 0) + 1
+        made = ir.node(op, inputs, attributes, domain=domain, name=f"{node.name}_{op}")
         self.model.graph.insert_before(node, made)
-        made.outputs[0].dtype = node.outputs[0].dtype
+        made.outputs[0].type = node.outputs[0].type
         return made.outputs[0]
 
     def _initializer(self, node: ir.Node, array: Any) -> ir.Value:

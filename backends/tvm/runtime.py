@@ -1,7 +1,7 @@
 """Runs a model that qcompiler compiled for target cpu. Needs TVM and numpy, nothing of qcompiler.
 
-    model = load("folder")
-    outputs = model.run({"input": array})
+model = load("folder")
+outputs = model.run({"input": array})
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class Model:
         folder = Path(folder)
         self._facts: dict[str, Any] = json.loads((folder / "model.json").read_text("utf-8"))
         _check_cpu(self._facts["features"])
-        library = tvm.runtime.load_module(str(folder / "model.so"))
-        self._machine = relax.VirtualMachine(library, tvm.cpu())
+        library: Any = tvm.runtime.load_module(str(folder / "model.so"))
+        device: Any = tvm.cpu()
+        self._machine: Any = relax.VirtualMachine(library, device)
         with np.load(folder / "model.npz") as arrays:
             # TVM's kernels want aligned memory: tvm.runtime.tensor copies into it, numpy promises nothing.
             self._weights = [tvm.runtime.tensor(arrays[name]) for name in self._facts["parameters"]]

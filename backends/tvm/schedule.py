@@ -10,16 +10,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import tvm
-from tvm import s_tir, tirx
+import tvm.ir.transform
+
+from qcompiler.backends.tvm.tvm_api import s_tir, tirx
 
 SPATIAL, REDUCTION = 0, 2
 LANES = 16
 _REFUSED = (ValueError, RuntimeError)  # ScheduleError is a RuntimeError
 
 
-@tvm.transform.module_pass(opt_level=0, name="QcompilerSchedule")
-def schedule_module(module: Any, _context: Any) -> Any:
+def schedule_pass() -> Any:
+    """The rule as a TVM pass over a module."""
+    return tvm.ir.transform.module_pass(_schedule_module, opt_level=0, name="QcompilerSchedule")
+
+
+def _schedule_module(module: Any, _context: Any) -> Any:
     """Schedule every function that has blocks; one that the rule doesn't fit stays as it is."""
     for name, function in list(module.functions_items()):
         if isinstance(function, tirx.PrimFunc):
