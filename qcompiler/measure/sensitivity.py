@@ -39,7 +39,8 @@ Floats = npt.NDArray[np.float64]
 Mode = Literal["full", "anchor"]
 Effort = Literal["auto", "full", "anchor"]
 Option = QuantSpec | SitePlan | None
-_LARGEST_BATCH = 16
+_BATCH_WORK = 1 << 26  # weights times samples of a batch
+_INPUT_WORK = 32  # an input element counts as so many weights
 _ENOUGH_ROWS = 512  # of the output; a language model has as many in one sample
 _TRIAL = 1 << 17  # weights that are fitted to see how long fitting takes
 _SKETCH = 8192
@@ -109,7 +110,8 @@ def sensitivities(
         sites: of `model`.
         candidates: formats by site name, or in the order of `sites`. Of a SitePlan the weight's format counts;
             None (float) loses nothing.
-        samples: of the calibration data; None or 0: 16, or fewer if they give 512 rows of output.
+        samples: of the calibration data; None or 0: enough for 512 rows of output, at most
+            one batch (16, more for small models).
         effort: "full" measures every candidate, "anchor" one a site; "auto" the first if `seconds` allow it.
         seconds: how long it may take (at the speed of the first runs).
         kinds: how to judge an output, where `loss.output_kind` should not decide.
@@ -121,8 +123,9 @@ def sensitivities(
     rows = [candidates[s.name] for s in sites] if isinstance(candidates, Mapping) else list(candidates)
     specs = [tuple(_spec(option) for option in row) for row in rows]
     chain, data = Segments(model.ir), calibration_of(model)
-    used = min(samples, data.count) if samples else _enough(chain, data, kinds)
-    batches = list(data.batches(_LARGEST_BATCH, used))
+    most = _largest_batch(data, sites)
+    used = min(samples, data.count) if samples else _enough(chain, data, kinds, most)
+    batches = list(data.batches(most, used))
     store = _Store(model, used, sorted((kinds or {}).items()))
     mode = effort if effort != "auto" else store.mode(seconds, specs, lambda: _estimate(chain, batches, sites, specs))
     found: list[list[_Measured]] = [[] for _ in sites]
@@ -146,12 +149,20 @@ def _spec(option: Option) -> QuantSpec | None:
     return option.weight if isinstance(option, SitePlan) else option
 
 
-def _enough(chain: Segments, data: Calibration, kinds: Mapping[str, Kind] | None) -> int:
-    """Samples that give 512 rows of output."""
+def _largest_batch(data: Calibration, sites: Sequence[Site]) -> int:
+    """16 samples, more for small models and inputs; the same on every machine, since it is part of cache keys."""
+    size = max(sum(site.count for site in sites), 1)
+    for feeds in data.batches(1, 1):
+        size = max(size, _INPUT_WORK * sum(array.size for array in feeds.values()))
+    return int(np.clip(_BATCH_WORK // size, 16, _ENOUGH_ROWS))
+
+
+def _enough(chain: Segments, data: Calibration, kinds: Mapping[str, Kind] | None, most: int) -> int:
+    """Samples that give 512 rows of output, at most one batch."""
     rows = 1
     for feeds in data.batches(1, 1):
         rows = max(Reference(chain.run(chain.start(feeds)), kinds, 1).rows, 1)
-    return int(np.clip(-(-_ENOUGH_ROWS // rows), 1, min(_LARGEST_BATCH, data.count)))
+    return int(np.clip(-(-_ENOUGH_ROWS // rows), 1, min(most, data.count)))
 
 
 def _in_graph_order(chain: Segments, sites: Sequence[Site]) -> list[int]:
