@@ -157,7 +157,9 @@ def test_the_default_recipe_follows_the_model(work: Path) -> None:
 
 
 def test_options_reach_every_pass_that_has_them() -> None:
-    options = Options("onnx", ("3bits", "1MB"), ("w*",), 0, "float", frozenset({"target", "budget", "keep", "activations"}))
+    options = Options(
+        "onnx", ("3bits", "1MB"), ("w*",), 0, "float", frozenset({"target", "budget", "keep", "activations"})
+    )
     filled = fill(qc.Pipeline([Allocate(target="cpu")]), options).passes[0]
     assert isinstance(filled, Allocate)
     assert filled == Allocate(budget=("3bits", "1MB"), target="onnx", keep=("w*",), activations="float")

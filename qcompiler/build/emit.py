@@ -14,7 +14,7 @@ from qcompiler.artifact import REPORT, new_folder, save_reference, write_manifes
 from qcompiler.artifact.manifest import sha256
 from qcompiler.budget import bits_per_weight, stored_bytes
 from qcompiler.build.judge import Judgement, judge
-from qcompiler.build.layers import alone
+from qcompiler.build.layers import alone, extremes
 from qcompiler.build.lowering import Lowering
 from qcompiler.build.memory import realised_peak
 from qcompiler.build.recipe import Options
@@ -60,6 +60,7 @@ def emit(
         judgement = judge(folder, options.target, compiled.tolerance, lowering.original, samples, progress)
         seconds = max(_LAYER_SECONDS, _LAYER_SHARE * (time.monotonic() - start))
         realised = alone(lowering.rounded, samples.feeds(samples.held, samples.batch), seconds, progress)
+        seen = extremes(lowering.rounded, samples.feeds(samples.used))
         entries = {
             **_made(options, pipeline, samples, path, judgement),
             **_model(lowering),
@@ -68,7 +69,7 @@ def emit(
             "seconds": time.monotonic() - start,
             "peak_rss_bytes": realised_peak(),
         }
-        page = render(collect(lowering.rounded, lowering.reports, entries, realised))
+        page = render(collect(lowering.rounded, lowering.reports, entries, realised, seen))
         (folder / REPORT).write_text(page, "utf-8")
         return write_manifest(folder, entries)
 

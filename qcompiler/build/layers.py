@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from qcompiler.evaluate.fidelity import output_loss
 from qcompiler.graph.sites import Site
+from qcompiler.measure.runner import Runner
 from qcompiler.measure.segments import Segments
 from qcompiler.model import Model
 from qcompiler.progress import Progress
@@ -60,3 +61,16 @@ def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progre
                 break
             boundary = segment.run(boundary)
     return {name: value / seen[name] for name, value in total.items()}
+
+
+def extremes(model: Model, feeds: Sequence[Feeds]) -> dict[str, list[float]]:
+    """Smallest and largest number of every value that has a static range, over batches of inputs."""
+    names = list(model.ranges)
+    if not names:
+        return {}
+    runner, found = Runner(model.ir, outputs=names), dict[str, list[float]]()
+    for feed in feeds:
+        for name, array in runner(feed).items():
+            low, high = found.get(name, [float("inf"), float("-inf")])
+            found[name] = [min(low, float(array.min())), max(high, float(array.max()))]
+    return found

@@ -16,7 +16,11 @@ from qcompiler.plan import SitePlan
 
 
 def collect(
-    model: Model, reports: Sequence[PassReport], manifest: Mapping[str, Any], realised: Mapping[str, float]
+    model: Model,
+    reports: Sequence[PassReport],
+    manifest: Mapping[str, Any],
+    realised: Mapping[str, float],
+    seen: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """Put together what `report.html.render` shows.
 
@@ -25,6 +29,7 @@ def collect(
         reports: of all passes.
         manifest: entries of the artifact's manifest.
         realised: site name -> loss with its final codes alone.
+        seen: value name -> smallest and largest number in calibration, for values with a static range.
     """
     table = {row["site"]: row for report in reports for row in report.metrics.get("sites", []) if "options" in row}
     rows = {row.site: row for row in breakdown(model)}
@@ -39,7 +44,7 @@ def collect(
         "layers": layers,
         "sensitivity": _sensitivity([table[s.name] for s in sites if s.name in table]),
         "parts": _parts(sites, model, rows),
-        "ranges": _ranges(model, reports),
+        "ranges": _ranges(model, seen),
         "curve": _curve(model.plan.solution),
         "passes": [_pass(report) for report in reports],
         "tolerance": manifest["tolerance"],
@@ -104,7 +109,7 @@ def _parts(sites: Sequence[Site], model: Model, rows: Mapping[str, Row]) -> list
         bits["zero points"] += zeros
     parts = [{"name": name, "bytes": -(-count // 8)} for name, count in bits.items()]
     others = sum(row.bytes for row in rows.values() if row.what == "other")
-    return [*parts, {"name": "biases, norms and other constants", "bytes": others}]
+    return [*parts, {"name": "other constants", "bytes": others}]
 
 
 def _split_bits(spec: QuantSpec, rows: int, columns: int) -> tuple[int, int, int]:
@@ -114,11 +119,8 @@ def _split_bits(spec: QuantSpec, rows: int, columns: int) -> tuple[int, int, int
     return codes, scales, spec.stored_bits(rows, columns) - codes - scales
 
 
-def _ranges(model: Model, reports: Sequence[PassReport]) -> list[dict[str, Any]]:
-    """Calibrated ranges, with what calibration saw where a pass reports it as {value: [low, high]}."""
-    seen: dict[str, Any] = {}
-    for report in reports:
-        seen |= report.metrics.get("seen", {})
+def _ranges(model: Model, seen: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """What calibration saw and the 8-bit range that was chosen, value by value."""
     return [
         {"value": name, "before": seen.get(name), "after": [fixed.low, fixed.high]}
         for name, fixed in model.ranges.items()

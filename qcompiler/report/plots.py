@@ -183,7 +183,7 @@ def byte_treemap(layers: Sequence[Layer]) -> str:
         fits = int((box.w - 14) / 7.4)
         if box.h > 36 and fits >= 8:
             short = name if len(name) <= fits else "…" + name[-(fits - 1) :]
-            css = "box light" if layer["bits"] is None or layer["bits"] <= 4 else "box"
+            css = "box plain" if layer["bits"] is None else "box light" if layer["bits"] <= 4 else "box"
             d.text(box.x + 7, box.y + 17, short, "start", css=css)
             wide = f"{layer['stored_bits']:.2f} bits, {size(layer['bytes'])}"
             line = wide if box.w > 140 else size(layer["bytes"])
