@@ -21,6 +21,18 @@ def make(out: Path, text: str) -> None:
         write_manifest(folder, {"target": "onnx", "inputs": [{"name": "x", "dtype": "float32", "shape": ["n", 4]}]})
 
 
+def interrupted(out: Path, error: BaseException) -> None:
+    with new_folder(out) as folder:
+        (folder / "weights.bin").write_text("half")
+        raise error
+
+
+def overtaken(out: Path) -> None:
+    with new_folder(out) as folder:
+        (folder / "weights.bin").write_text("ours")
+        out.write_text("theirs")
+
+
 def test_a_complete_folder_replaces_an_earlier_artifact(tmp_path: Path) -> None:
     out = tmp_path / "a.qc"
     make(out, "first")
@@ -33,9 +45,8 @@ def test_a_complete_folder_replaces_an_earlier_artifact(tmp_path: Path) -> None:
 def test_a_failed_folder_leaves_the_earlier_artifact(tmp_path: Path, error: BaseException) -> None:
     out = tmp_path / "a.qc"
     make(out, "first")
-    with pytest.raises(type(error)), new_folder(out) as folder:
-        (folder / "weights.bin").write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        interrupted(out, error)
     assert (out / "weights.bin").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["a.qc"]
 
@@ -53,9 +64,8 @@ def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_what_appears_at_the_place_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "a.qc"
-    with pytest.raises(OutputError, match="not an artifact"), new_folder(out) as folder:
-        (folder / "weights.bin").write_text("ours")
-        out.write_text("theirs")
+    with pytest.raises(OutputError, match="not an artifact"):
+        overtaken(out)
     assert out.read_text() == "theirs"
     assert [p.name for p in tmp_path.iterdir()] == ["a.qc"]
 

@@ -33,10 +33,15 @@ def data(name: str = "net") -> dict[str, Any]:
     return {
         "name": name, "target": "cpu", "budget": ["4.5bits"], "qcompiler": "0", "figures": figures, "layers": layers,
         "sensitivity": {"layers": ["a", "b"], "widths": [2, 4], "loss": [[0.1, 0.01], [None, 0.0]], "chosen": [1, 1]},
-        "parts": [{"name": "codes", "bytes": 900}, {"name": "scales", "bytes": 100}, {"name": "zero points", "bytes": 0}],
-        "ranges": [{"value": "v", "before": [-1.0, 3.0], "after": [-0.5, 2.0]}, {"value": "w", "before": None, "after": [0, 1]}],
+        "parts": [{"name": n, "bytes": b} for n, b in (("codes", 900), ("scales", 100), ("zero points", 0))],
+        "ranges": [
+            {"value": "v", "before": [-1.0, 3.0], "after": [-0.5, 2.0]},
+            {"value": "w", "before": None, "after": [0, 1]},
+        ],
         "curve": {"points": [[2.0, 1.0], [4.0, 0.1], [8.0, 0.0]], "chosen": [4.0, 0.1], "lower_bound": 0.09},
-        "passes": [{"name": "p", "changed": 1, "seconds": 0.1, "refused": [{"where": "n", "reason": "because"}], "metrics": {}}],
+        "passes": [
+            {"name": "p", "changed": 1, "seconds": 0.1, "metrics": {}, "refused": [{"where": "n", "reason": "because"}]}
+        ],
         "tolerance": {"relative": 1e-3, "reason": "float sums"},
         "verification": [{"inputs": "calibration", "samples": 8, "relative": 1e-6, "output": "y"}],
         "pipeline": "[[pass]]",
@@ -88,7 +93,7 @@ def test_hostile_names_are_escaped() -> None:
 
 
 def test_a_pipeline_without_allocation_or_ranges_has_no_such_charts() -> None:
-    bare = data() | {"sensitivity": None, "curve": None, "ranges": []}
+    bare: dict[str, Any] = data() | {"sensitivity": None, "curve": None, "ranges": []}
     for layer in bare["layers"]:
         layer["predicted"] = layer["realised"] = None
     bare["figures"] |= {"gap": None, "lower_bound": None, "predicted_loss": None, "kl": None, "top1_agreement": None}

@@ -1,0 +1,139 @@
+"""Pipelines: TOML there and back, what is wrong is named, contracts are held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompiler import registry
+from qcompiler.calibration import Calibration
+from qcompiler.errors import BadOption, ContractViolated, PassRefused
+from qcompiler.model import Model
+from qcompiler.passes.lower.insert_qdq import InsertQDQ
+from qcompiler.passes.plan.allocate import Allocate
+from qcompiler.passes.plan.uniform import Uniform
+from qcompiler.pipeline import EXACT, Pass, PassReport, Pipeline
+from qcompiler.progress import Progress
+
+
+@dataclass(frozen=True)
+class Scale(Pass):
+    """Multiply the weight, which is exact for a factor of 1 only."""
+
+    contract: ClassVar[Literal["exact", "lossy"]] = EXACT
+    factor: float = 1.0
+
+    def run(self, model: Model, progress: Progress) -> PassReport:
+        value = model.graph.initializers["w"]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(self.factor), name="w")
+        return PassReport("scale", 1)
+
+
+@dataclass(frozen=True)
+class Shy(Pass):
+    """Never runs."""
+
+    def requires(self, model: Model) -> None:
+        raise PassRefused("not this one", "shy")
+
+
+@pytest.fixture
+def model() -> Model:
+    rng = np.random.default_rng(0)
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=["n", 8])
+    w = ir.val("w", const_value=ir.tensor(rng.normal(size=(8, 4)).astype("f"), name="w"))
+    node = ir.node("MatMul", [x, w])
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = "y", ir.DataType.FLOAT, ir.Shape(["n", 4])
+    graph = ir.Graph([x], [node.outputs[0]], nodes=[node], initializers=[w], opset_imports={"": 21}, name="g")
+    made = Model(ir.Model(graph, ir_version=10))
+    made.calibration = Calibration.from_arrays({"x": rng.normal(size=(4, 8)).astype("f")}, made.ir)
+    return made
+
+
+PIPELINES = [
+    Pipeline([]),
+    Pipeline([Uniform(), InsertQDQ()]),
+    Pipeline([Allocate(("3.5bits", "1MB"), bits=(2, 4), activations="static", keep=('a"b\\c',), seconds=1.5)]),
+]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_toml_there_and_back(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text(pipeline.to_toml() or "pass = []")
+    assert Pipeline.load(path) == pipeline
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[pass", "not valid TOML"),
+        ("x = 1", "list of"),
+        ("pass = 3", "list of"),
+        ("[[pass]]\nspec = 'int4'", "has no name"),
+        ("[[pass]]\nname = 'nothing'", "unknown name 'nothing'"),
+        ("[[pass]]\nname = 'uniform'\ncolour = 'red'", "no option 'colour'"),
+        ("[[pass]]\nname = 'uniform'\nspec = 4", "option 'spec'"),
+        ("[[pass]]\nname = 'uniform'\nspec = 'int99'", "int"),
+        ("[[pass]]\nname = 'allocate'\nsamples = 'many'", "option 'samples'"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(text: str, message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        Pipeline.from_toml(text, "here")
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(BadOption, match="cannot be read"):
+        Pipeline.load(tmp_path / "gone.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadOption, match="cannot be read"):
+        Pipeline.load(tmp_path / "binary.toml")
+
+
+def test_reports_come_one_a_pass_with_their_time(model: Model) -> None:
+    reports = Pipeline([Scale(), Scale()]).run(model)
+    assert [report.name for report in reports] == ["scale", "scale"]
+    assert all(report.seconds > 0 for report in reports)
+
+
+def test_a_broken_contract_is_found_and_names_the_pass(model: Model) -> None:
+    with pytest.raises(ContractViolated, match="y"):
+        Pipeline([Scale(1.01)]).run(model)
+
+
+def test_without_verify_nothing_is_checked(model: Model) -> None:
+    assert len(Pipeline([Scale(1.01)], verify=False).run(model)) == 1
+
+
+def test_a_refusal_of_a_pass_stops_the_pipeline_before_it_changes_anything(model: Model) -> None:
+    with pytest.raises(PassRefused, match="not this one"):
+        Pipeline([Shy(), Scale(2.0)]).run(model)
+    assert model.graph.initializers["w"].const_value is not None
+
+
+def test_passes_know_the_name_they_are_registered_under() -> None:
+    assert Uniform.registered_name() == "uniform"
+    assert Scale.registered_name() == "Scale"
+    assert set(registry.names("passes")) >= {"uniform", "allocate", "insert-qdq"}
+
+
+def test_passes_of_other_packages_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    def points(group: str) -> list[EntryPoint]:
+        return [EntryPoint("other", "qcompiler.passes.plan.uniform:Uniform", group)]
+
+    monkeypatch.setattr(registry, "entry_points", points)
+    registry.names.cache_clear()
+    try:
+        assert Pipeline.from_toml("[[pass]]\nname = 'other'").passes == [Uniform()]
+    finally:
+        monkeypatch.undo()
+        registry.names.cache_clear()
