@@ -33,6 +33,11 @@ class QuantizedOperation:
     activation: StaticActivation | DynamicActivation | None
 
     @property
+    def label(self) -> str:
+        """A name for what is made of the operation; models may leave their nodes unnamed."""
+        return str(self.node.name or self.node.outputs[0].name)
+
+    @property
     def is_product(self) -> bool:
         """MatMul or Gemm."""
         return self.node.op_type in ("MatMul", "Gemm")

@@ -59,7 +59,10 @@ class Backend(Protocol):
     field `ties` ("none", "inputs" or "adds": which sites must share one plan, see `graph.topology.tie_groups`).
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name under which it is registered."""
+        ...
 
     def candidates(self, site: Site, bits: Sequence[int]) -> list[SitePlan]:
         """The plans worth offering the allocator for a site, best kernels first, one or more a width."""

@@ -115,12 +115,16 @@ def save(model: ir.Model, folder: Path) -> list[str]:
 
 
 def tolerance(form: FastForm) -> Tolerance:
-    """How far the fast form may be from the QDQ graph, by its least exact kernels."""
-    kinds = set(form.forms.values())
-    if any(kind.endswith("-int8") for kind in kinds):
+    """How far the fast form may be from the QDQ graph.
+
+    Where activations are rounded, the distance is that of two valid executions of the same quantized network:
+    an activation that differs in its last float32 bit now and then gets another code, the next layer's codes
+    differ more, and after some layers the two rounding errors are nearly independent. Measured (outputs,
+    relative): MobileNetV2 static 0.11 at a quantization error of 0.14, EfficientNet-Lite0 0.04 at 0.14,
+    MiniLM 0.04 at 0.08 with the very same integers in every product.
+    """
+    if any(kind.endswith("-int8") for kind in form.forms.values()):
         return Tolerance(0.25, "MatMulNBits rounds activations to int8 block by block, the QDQ graph row by row")
-    if "integer" in kinds:
-        # Measured: 2e-4 of the codes behind the first convolution of MobileNetV2 differ by one, and the chain
-        # of 52 roundings amplifies that to 0.11 of the logits, somewhat less than the quantization error.
-        return Tolerance(0.25, "integer kernels round biases to int32, and the next roundings amplify it")
+    if form.rounds_activations:
+        return Tolerance(0.25, "rounded activations amplify the order of float32 sums and the rounding of biases")
     return Tolerance(1e-3, "order of float32 sums")

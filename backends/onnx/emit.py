@@ -66,3 +66,11 @@ class Emitter:
     def _name(self, what: str) -> str:
         self.count += 1
         return f"{self.prefix}_{what}_{self.count}"
+
+
+def replace_output(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
+    """`result` takes the place and the name of the node's output; the node is removed."""
+    old = node.outputs[0]
+    result.name, result.type, result.shape = old.name, old.type, old.shape
+    old.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)

@@ -4,6 +4,7 @@ Every quantized operation gets the first form that the installed ONNX Runtime wa
 
     integer    static 8-bit activations, symmetric weights per channel or tensor: stays QDQ, codes widened to
                int8, and ONNX Runtime makes QLinearConv, QLinearMatMul or QGemm of it
+    rows       dynamic activations, symmetric weights per channel or tensor: MatMulInteger
     blocks     MatMulNBits, with int8 activations where the plan says "dynamic"; GatherBlockQuantized
     decoded    codes on disk, float32 once a session is made: convolutions and products for which there is
                no integer kernel, or (exact 8-bit products) only one that is many times slower than float
@@ -21,7 +22,9 @@ from onnx_ir.passes import common
 from qcompiler.backends.base import QuantizedOperation, quantized_operations
 from qcompiler.backends.onnx import probe
 from qcompiler.backends.onnx.blocks import Blocks, block_size, write_blocks
-from qcompiler.backends.onnx.emit import MICROSOFT, Emitter
+from qcompiler.backends.onnx.decoded import decode
+from qcompiler.backends.onnx.emit import MICROSOFT, Emitter, replace_output
+from qcompiler.backends.onnx.rows import RowCodes, write_row_codes, write_row_product
 from qcompiler.backends.reference import quantize_bias
 from qcompiler.formats import PerChannel, PerTensor
 from qcompiler.graph.functions import DynamicActivation, PackedWeight, StaticActivation
@@ -36,12 +39,14 @@ class FastForm:
     Attributes:
         model: the graph for ONNX Runtime.
         expected: operation types that the optimised graph must hold, with their numbers.
-        forms: site name -> "integer", "blocks4", "blocks4-int8", "gather4", "decoded".
+        forms: site name -> "integer", "rows", "blocks4", "blocks4-int8", "gather4", "decoded".
+        rounds_activations: whether any operation quantizes its data.
     """
 
     model: ir.Model
     expected: Counter[str] = field(default_factory=Counter[str])
     forms: dict[str, str] = field(default_factory=dict[str, str])
+    rounds_activations: bool = False
 
 
 def fast_form(lowered: ir.Model) -> FastForm:
@@ -53,15 +58,17 @@ def fast_form(lowered: ir.Model) -> FastForm:
 class _Rewriter:
     form: FastForm
     written: dict[tuple[ir.Node, int, int], Blocks] = field(default_factory=dict[tuple[ir.Node, int, int], Blocks])
+    row_codes: dict[ir.Value, RowCodes] = field(default_factory=dict[ir.Value, RowCodes])
 
     def run(self) -> FastForm:
         model, names = self.form.model, dict[ir.Node, set[str]]()
         for use in quantized_operations(model.graph):
             name = self._rewrite(use)
+            self.form.rounds_activations |= use.activation is not None
             names.setdefault(use.weight.dequantize, set()).add(name)
             self.form.forms[use.weight.site] = name
         for node in [n for n, forms in names.items() if "decoded" in forms and "integer" not in forms]:
-            _decode(model, node)
+            decode(model, node)
         for tidy in (
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedFunctionsPass(),
@@ -78,9 +85,11 @@ class _Rewriter:
             return self._integer(use)
         if use.node.op_type == "Gather":
             return self._gather(use)
-        if use.is_product and _is_plain(use):
-            return self._product(use)
-        return "decoded"
+        if not use.is_product or not _is_plain(use):
+            return "decoded"
+        if isinstance(use.activation, DynamicActivation) and _is_symmetric_by_row(use) and probe.runs_row_products():
+            return self._rows(use, use.activation.source)
+        return self._product(use)
 
     def _integer(self, use: QuantizedOperation) -> str:
         """Leave QDQ to ONNX Runtime; narrow codes are widened to int8 when a session is made."""
@@ -108,15 +117,30 @@ class _Rewriter:
         if block is None or use.weight.columns % block or len(use.weight.shape) != 2:
             return "decoded"
         blocks = self._blocks(use, container, block)
-        emit = Emitter(self.form.model, use.node, f"{use.node.name}_fast")
+        emit = Emitter(self.form.model, use.node, f"{use.label}_fast")
         flat = emit.node("Reshape", blocks.codes, emit.integers(use.weight.rows, use.weight.columns * container // 8))
         result = emit.node(
             "GatherBlockQuantized", flat, use.data, blocks.scale, blocks.zero,
             domain=MICROSOFT, bits=container, block_size=block, quantize_axis=1, gather_axis=0,
         )  # fmt: skip
         self.form.expected["GatherBlockQuantized"] += 1
-        _replace(self.form.model.graph, use.node, result)
+        replace_output(self.form.model.graph, use.node, result)
         return f"gather{container}"
+
+    def _rows(self, use: QuantizedOperation, source: ir.Value) -> str:
+        if source not in self.row_codes:
+            quantizer = use.data.producer()
+            assert quantizer is not None
+            self.row_codes[source] = write_row_codes(
+                Emitter(self.form.model, quantizer, f"{use.data.name}_codes"), source
+            )
+        emit = Emitter(self.form.model, use.node, f"{use.label}_fast")
+        bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
+        replace_output(
+            self.form.model.graph, use.node, write_row_product(emit, self.row_codes[source], use.weight, bias)
+        )
+        self.form.expected["MatMulInteger"] += 1
+        return "rows"
 
     def _product(self, use: QuantizedOperation) -> str:
         dynamic = isinstance(use.activation, DynamicActivation)
@@ -126,7 +150,7 @@ class _Rewriter:
         if block is None or (container == 8 and not dynamic):
             return "decoded"
         blocks = self._blocks(use, container, block)
-        emit = Emitter(self.form.model, use.node, f"{use.node.name}_fast")
+        emit = Emitter(self.form.model, use.node, f"{use.label}_fast")
         data = use.activation.source if isinstance(use.activation, DynamicActivation) else use.data
         bias = use.node.inputs[2] if use.node.op_type == "Gemm" and len(use.node.inputs) > 2 else None
         if bias is not None:
@@ -137,7 +161,7 @@ class _Rewriter:
             accuracy_level=accuracy,
         )  # fmt: skip
         self.form.expected["MatMulNBits"] += 1
-        _replace(self.form.model.graph, use.node, result)
+        replace_output(self.form.model.graph, use.node, result)
         return f"blocks{container}{'-int8' if dynamic else ''}"
 
     def _blocks(self, use: QuantizedOperation, container: int, block: int) -> Blocks:
@@ -166,7 +190,7 @@ def _merged_with_add(graph: ir.Graph, use: QuantizedOperation) -> ir.Node | None
         return None
     gemm = ir.node("Gemm", [*node.inputs, bias], name=node.name, outputs=[ir.val(None)])
     graph.insert_before(add, [gemm])
-    _replace(graph, add, gemm.outputs[0])
+    replace_output(graph, add, gemm.outputs[0])
     graph.remove(node, safe=True)
     return gemm
 
@@ -177,7 +201,7 @@ def _integer_bias(model: ir.Model, gemm: ir.Node, use: QuantizedOperation) -> No
     constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
     if constant is None or not isinstance(use.activation, StaticActivation):
         return
-    emit = Emitter(model, gemm, f"{gemm.name}_bias")
+    emit = Emitter(model, gemm, f"{use.label}_bias")
     scale = np.broadcast_to(use.weight.scale[:, 0] * np.float32(use.activation.scale), (use.weight.rows,))
     codes = quantize_bias(constant.numpy().reshape(-1), scale)
     zero = emit.constant(np.zeros(scale.shape, np.int32), "zero")
@@ -186,15 +210,15 @@ def _integer_bias(model: ir.Model, gemm: ir.Node, use: QuantizedOperation) -> No
 
 
 def _is_integer(use: QuantizedOperation) -> bool:
-    """Whether ONNX Runtime fuses Q/DQ around this operation: see onnx.md 1.4 in the sources of this project."""
+    """Whether ONNX Runtime fuses Q/DQ around this operation."""
+    plain = not use.is_product or _is_plain(use)
+    return use.node.op_type in _INTEGER_OPS and _is_symmetric_by_row(use) and plain
+
+
+def _is_symmetric_by_row(use: QuantizedOperation) -> bool:
+    """Whether codes fit int8 and one scale serves a whole sum."""
     spec = use.weight.spec
-    return (
-        use.node.op_type in _INTEGER_OPS
-        and spec.symmetric
-        and spec.bits <= 8
-        and isinstance(spec.granularity, PerChannel | PerTensor)
-        and (not use.is_product or _is_plain(use))
-    )
+    return spec.symmetric and spec.bits <= 8 and isinstance(spec.granularity, PerChannel | PerTensor)
 
 
 def _is_plain(use: QuantizedOperation) -> bool:
@@ -209,7 +233,7 @@ def _is_plain(use: QuantizedOperation) -> bool:
 
 
 def _container(weight: PackedWeight, dynamic: bool) -> int:
-    """Bits of a code in memory: measured, 2 bits pay only with int8 activations and large blocks (onnx.md 1.7)."""
+    """Bits of a code in memory: measured, 2 bits pay only with int8 activations and large blocks."""
     if weight.bits > 4:
         return 8
     size = weight.spec.granularity.group_size(weight.columns)
@@ -223,62 +247,3 @@ def _is_quantized_next(value: ir.Value) -> bool:
         node.op_type == "QuantizeLinear" or (node.op_type in ("Relu", "Clip") and _is_quantized_next(node.outputs[0]))
         for node in nodes
     )
-
-
-def _replace(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
-    """`result` takes the place and the name of the node's output."""
-    old = node.outputs[0]
-    result.name, result.type, result.shape = old.name, old.type, old.shape
-    old.replace_all_uses_with(result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-
-
-def _decode(model: ir.Model, node: ir.Node) -> None:
-    """DequantizeLinear -> Cast, Sub, Mul.
-
-    ONNX Runtime never folds a DequantizeLinear of constants while it may still fuse it: it would decode the
-    whole weight in every run, or fuse it with int8 activations. Plain arithmetic is folded at once.
-    """
-    emit = Emitter(model, node, f"{node.outputs[0].name}_decoded")
-    codes, scale = node.inputs[0], node.inputs[1]
-    zero = node.inputs[2] if len(node.inputs) > 2 else None
-    assert codes is not None
-    assert scale is not None
-    spread = _Spread.of(node)
-    numbers = emit.cast(codes, ir.DataType.FLOAT)
-    if zero is not None:
-        numbers = emit.node("Sub", numbers, spread.write(emit, emit.cast(zero, ir.DataType.FLOAT)))
-    _replace(model.graph, node, emit.node("Mul", numbers, spread.write(emit, scale)))
-
-
-@dataclass(frozen=True)
-class _Spread:
-    """Scales as DequantizeLinear takes them -> a form that broadcasts against the codes."""
-
-    shape: tuple[int, ...]
-    axis: int | None
-    size: int | None
-
-    @staticmethod
-    def of(node: ir.Node) -> _Spread:
-        axis, size = (node.attributes[n].as_int() if n in node.attributes else None for n in ("axis", "block_size"))
-        shape = node.outputs[0].shape
-        assert shape is not None
-        return _Spread(tuple(shape.numpy()), axis, size)
-
-    def write(self, emit: Emitter, value: ir.Value) -> ir.Value:
-        if self.axis is None:
-            return value
-        if self.size is None:
-            dims = (-1 if i == self.axis else 1 for i in range(len(self.shape)))
-            return emit.node("Reshape", value, emit.integers(*dims))
-        blocked, flat = list(self.shape), list(self.shape)
-        groups = -(-self.shape[self.axis] // self.size)
-        blocked[self.axis : self.axis + 1] = [groups, self.size]
-        flat[self.axis] = groups * self.size
-        column = emit.node("Unsqueeze", value, emit.integers(self.axis + 1))
-        repeated = emit.node("Reshape", emit.node("Expand", column, emit.integers(*blocked)), emit.integers(*flat))
-        if flat == list(self.shape):
-            return repeated
-        end = emit.integers(self.shape[self.axis])
-        return emit.node("Slice", repeated, emit.integers(0), end, emit.integers(self.axis))

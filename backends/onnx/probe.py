@@ -28,6 +28,16 @@ def runs_gather_blocks(bits: int, block: int) -> bool:
     return all(_gather_error(bits, block, zeros) == 0 for zeros in (False, True))
 
 
+@cache
+def runs_row_products() -> bool:
+    """Whether MatMulInteger of uint8 and int8 is exact at the extremes: without VNNI some kernels saturate."""
+    codes, weight = np.full((3, 64), 255, np.uint8), np.full((64, _ROWS), -127, np.int8)
+    weight[:, ::2] = 127
+    constants = {"w": weight, "middle": np.asarray(1, np.uint8)}
+    y = _run("MatMulInteger", ["x", "w", "middle"], constants, {"x": codes}, {}, "")
+    return y is not None and np.array_equal(y, 254 * 64 * np.broadcast_to(weight[:1].astype(int), y.shape))
+
+
 def _random_blocks(bits: int, block: int, columns: int, zeros: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Packed codes, scales and zero points of a [rows, columns] matrix, and what they mean."""
     rng, blocks = np.random.default_rng(bits * 1000 + block), -(-columns // block)
@@ -71,13 +81,15 @@ def _run(
     constants: dict[str, np.ndarray],
     feeds: dict[str, np.ndarray],
     attributes: dict[str, int],
+    domain: str = "com.microsoft",
 ) -> np.ndarray | None:
-    """The result of one com.microsoft operation, or None if ONNX Runtime will not run it."""
+    """The result of one operation, or None if ONNX Runtime will not run it."""
     values = {n: ir.val(n, const_value=ir.tensor(a, name=n)) for n, a in constants.items()}
     inputs = {n: ir.val(n, dtype=ir.DataType.from_numpy(a.dtype), shape=a.shape) for n, a in feeds.items()}
     operands = [(values | inputs).get(n) for n in names]
-    node = ir.node(op, operands, attributes, domain="com.microsoft")
-    node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
+    node = ir.node(op, operands, attributes, domain=domain)
+    node.outputs[0].name = "y"
+    node.outputs[0].dtype = ir.DataType.INT32 if op == "MatMulInteger" else ir.DataType.FLOAT
     imports = {"": 21, "com.microsoft": 1}
     held = list(values.values())
     graph = ir.Graph(

@@ -155,5 +155,5 @@ def test_accumulator_bits_is_reached_and_never_exceeded() -> None:
 
 
 def test_bias_lies_on_the_accumulator_scale() -> None:
-    bias, scale = np.float32([1.0, -2.5, 1e9]), np.float32([0.5, 1.0, 1e-3])
+    bias, scale = np.array([1.0, -2.5, 1e9], np.float32), np.array([0.5, 1.0, 1e-3], np.float32)
     np.testing.assert_array_equal(reference.quantize_bias(bias, scale), [2, -2, 2**31 - 1])

@@ -39,11 +39,11 @@ TEXTS = {"matmul": MATMUL, "gemm": GEMM, "gather": GATHER, "conv": CONV}
 
 def lowered(
     kind: str, spec: str, activation: ActivationMode = "float", ranges: dict[str, StaticRange] | None = None,
-    shape: tuple[int, ...] | None = None, text: str | None = None,
+    shape: tuple[int, ...] | None = None, text: str | None = None, bias: tuple[int, ...] = (24,),
 ) -> Model:  # fmt: skip
     """A lowered model of one kind of site."""
     proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{text or TEXTS[kind]}')
-    weights = {"w": shape or SHAPES[kind]} | ({} if kind == "gather" else {"b": (24,)})
+    weights = {"w": shape or SHAPES[kind]} | ({} if kind == "gather" else {"b": bias})
     proto.graph.initializer.extend(
         onnx.numpy_helper.from_array(RNG.standard_normal(s).astype(np.float32), n) for n, s in weights.items()
     )
@@ -145,6 +145,23 @@ def test_dynamic_activations_use_int8_kernels_within_the_declared_tolerance(
     assert "int8" in compiled.tolerance.reason
 
 
+@pytest.mark.parametrize("spec", ["int8-sym-channel-fp16", "int3-sym-channel-fp32", "int4-sym-tensor-bf16"])
+@pytest.mark.parametrize("kind", ["matmul", "gemm"])
+def test_dynamic_activations_with_one_scale_a_row_are_integer_products(kind: str, spec: str, tmp_path: Path) -> None:
+    compiled, error = compile_and_compare(lowered(kind, spec, "dynamic"), kind, tmp_path)
+    assert list(compiled.facts["forms"].values()) == ["rows"]
+    assert error < 1e-5
+
+
+def test_row_codes_are_shared_by_the_products_that_read_them(tmp_path: Path) -> None:
+    text = "agraph (float[n, 96] x) => (float[n, 24] y, float[n, 24] z) { y = MatMul (x, w)  z = MatMul (x, b) }"
+    model = lowered("matmul", "int8-sym-channel-fp16", "dynamic", text=text, bias=(96, 24))
+    compiled, error = compile_and_compare(model, "matmul", tmp_path)
+    assert compiled.facts["operations"]["ReduceMax"] == 1
+    assert compiled.facts["operations"]["MatMulInteger"] == 2
+    assert error < 1e-5
+
+
 @pytest.mark.parametrize(
     "spec", ["int8-sym-channel-fp16", "int4-sym-channel-fp16", "int3-sym-tensor-fp32", "int8-sym-channel-fp32"]
 )
@@ -216,6 +233,7 @@ def test_the_probe_tells_kernels_from_hope() -> None:
     assert not probe.runs_matmul_nbits(4, 48, probe.EXACT)
     assert probe.runs_matmul_nbits(4, 32, probe.EXACT)
     assert probe.runs_gather_blocks(4, 32)
+    assert isinstance(probe.runs_row_products(), bool)
 
 
 def test_missing_fusions_are_noted_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ from qcompiler.progress import Silent
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def model_of(text: str, opset: int = 21, seed: int = 0, **weights: tuple[int, ...]) -> Model:
+def model_of(text: str, weights: dict[str, tuple[int, ...]], opset: int = 21) -> Model:
     """A model from ONNX text, with random float32 initializers of the given shapes."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
     proto.graph.initializer.extend(
         onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
@@ -37,17 +37,15 @@ def model_of(text: str, opset: int = 21, seed: int = 0, **weights: tuple[int, ..
 
 
 MLP = """agraph (float[n, 20] x) => (float[n, 4] y) {
-    <"fc1"> h = MatMul (x, w1)
+    h = MatMul (x, w1)
     a = Add (h, b1)
     r = Relu (a)
-    <"fc2"> y = Gemm <transB = 1> (r, w2, b2)
+    y = Gemm <transB = 1> (r, w2, b2)
 }"""
 
 
 def mlp(opset: int = 21) -> Model:
-    model = model_of(
-        MLP.replace('<"fc1"> ', "").replace('<"fc2"> ', ""), opset, w1=(20, 12), b1=(12,), w2=(4, 12), b2=(4,)
-    )
+    model = model_of(MLP, {"w1": (20, 12), "b1": (12,), "w2": (4, 12), "b2": (4,)}, opset)
     for node in model.graph:
         node.name = {"MatMul": "fc1", "Gemm": "fc2"}.get(node.op_type, node.op_type)
     return model
@@ -104,7 +102,7 @@ def test_static_activations_have_one_pair_for_all_consumers_and_outputs_stay_flo
         p = MatMul (r, w1)
         q = MatMul (r, w2)
     }"""
-    model = model_of(text, w1=(20, 6), w2=(20, 6))
+    model = model_of(text, {"w1": (20, 6), "w2": (20, 6)})
     plan(model, "int8-sym-channel-fp32", "static")
     model.ranges = {"x": StaticRange(0.05, 120), "r": StaticRange(0.02, 0)}
     weights = decoded(model)
@@ -126,7 +124,7 @@ def test_dynamic_activations_are_rounded_row_by_row_and_shared(opset: int) -> No
         p = MatMul (x, w1)
         q = MatMul (x, w2)
     }"""
-    model = model_of(text, opset, w1=(20, 6), w2=(20, 6))
+    model = model_of(text, {"w1": (20, 6), "w2": (20, 6)}, opset)
     plan(model, "uint4-asym-g8-fp16", "dynamic")
     weights = decoded(model)
     assert lower(model)["dynamic"] == 1
@@ -143,7 +141,7 @@ def test_a_tied_weight_is_stored_once_for_embedding_and_head() -> None:
         t = Transpose <perm = [1, 0]> (table)
         y = MatMul (h, t)
     }"""
-    model = model_of(text, table=(30, 16))
+    model = model_of(text, {"table": (30, 16)})
     (site,) = plan(model, "uint3-asym-g8-fp16", "dynamic")
     assert len(site.users) == 2
     model.plan = Plan({site.name: SitePlan(parse_spec("uint3-asym-g8-fp16"), "dynamic")})
@@ -178,7 +176,7 @@ def test_bias_correction_is_added_to_the_operations_output(case: str) -> None:
     body, shape, bias = BIASED[case]
     weights: dict[str, tuple[int, ...]] = {"w": shape} if bias is None else {"w": shape, "b": bias}
     text = f"agraph (float[n, 20] x) => (float[n, 6] y) {{ {body} }}"
-    plain, corrected = model_of(text, **weights), model_of(text, **weights)
+    plain, corrected = model_of(text, weights), model_of(text, weights)
     (site,) = find_sites(corrected.ir)
     shift = np.arange(1, 7, dtype=np.float32)
     corrected.bias_shift[site.name] = shift
@@ -199,7 +197,7 @@ def test_bias_correction_is_added_to_the_operations_output(case: str) -> None:
 def test_bias_correction_of_convolutions(operation: str, shape: tuple[int, ...], bias: tuple[int, ...] | None) -> None:
     text = f"agraph (float[n, 3, 8, 8] x) => (float[n, 6, h, v] y) {{ y = {operation} (x, w{', b' if bias else ''}) }}"
     weights: dict[str, tuple[int, ...]] = {"w": shape} if bias is None else {"w": shape, "b": bias}
-    plain, corrected = model_of(text, **weights), model_of(text, **weights)
+    plain, corrected = model_of(text, weights), model_of(text, weights)
     (site,) = find_sites(corrected.ir)
     shift = np.arange(6, dtype=np.float32)
     corrected.bias_shift[site.name] = shift
@@ -214,7 +212,7 @@ def test_a_shared_bias_is_corrected_for_one_operation_only() -> None:
         y = Gemm (x, w1, b)
         z = Gemm (x, w2, b)
     }"""
-    plain, corrected = (model_of(text, w1=(20, 6), w2=(20, 6), b=(6,)) for _ in range(2))
+    plain, corrected = (model_of(text, {"w1": (20, 6), "w2": (20, 6), "b": (6,)}) for _ in range(2))
     corrected.bias_shift[find_sites(corrected.ir)[0].name] = np.ones(6, np.float32)
     lower(corrected)
     (y, z), (y2, z2) = run(plain, x=X), run(corrected, x=X)
@@ -249,14 +247,14 @@ def test_refusals_say_what_is_missing() -> None:
 
 
 def test_a_table_that_is_only_gathered_from_has_no_bias() -> None:
-    model = model_of("agraph (int64[n] i) => (float[n, 16] y) { y = Gather (table, i) }", table=(30, 16))
+    model = model_of("agraph (int64[n] i) => (float[n, 16] y) { y = Gather (table, i) }", {"table": (30, 16)})
     model.bias_shift[find_sites(model.ir)[0].name] = np.ones(30, np.float32)
     with pytest.raises(PassRefused, match="no bias to correct"):
         InsertQDQ().run(model, Silent())
 
 
 def test_a_half_precision_weight_is_decoded_to_half_precision() -> None:
-    model = model_of("agraph (float16[n, 20] x) => (float16[n, 6] y) { y = MatMul (x, w) }", w=(20, 6))
+    model = model_of("agraph (float16[n, 20] x) => (float16[n, 6] y) { y = MatMul (x, w) }", {"w": (20, 6)})
     weight = model.graph.initializers["w"]
     assert weight.const_value is not None
     weight.const_value, weight.dtype = (
