@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.graph.folds.labels import Classes, Labels
-from qcompiler.graph.folds.region import Constant, Edit, Mark, Region, label
+from qcompiler.graph.folds.region import Constant, Edit, Mark, Region, bias_add, resolve
 
 Floats = npt.NDArray[np.float64]
 
@@ -204,9 +204,10 @@ def _through_weight(node: ir.Node, d: Floats) -> Floats:
     """What a shift d of a layer's input adds to its output, per output channel."""
     weight = node.inputs[1]
     assert weight is not None
-    source = _source(weight)
-    array = _read(source[0])
-    array = array.T if source[1] else array
+    constant = resolve(weight)
+    assert constant is not None
+    array = _read(constant.value)
+    array = array.T if constant.transposed else array
     if node.op_type == "MatMul":
         return d @ array
     if node.op_type == "Gemm":
@@ -216,14 +217,6 @@ def _through_weight(node: ir.Node, d: Floats) -> Floats:
     groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
     taps = array.reshape(*array.shape[:2], -1).sum(-1)
     return np.einsum("goi,gi->go", taps.reshape(groups, -1, taps.shape[1]), d.reshape(groups, -1)).reshape(-1)
-
-
-def _source(value: ir.Value) -> tuple[ir.Value, bool]:
-    from qcompiler.graph.folds.region import resolve
-
-    constant = resolve(value)
-    assert constant is not None
-    return constant.value, constant.transposed
 
 
 def _new_bias(graph: ir.Graph, node: ir.Node, size: int) -> ir.Value:
@@ -242,7 +235,19 @@ def _bias_of(graph: ir.Graph, node: ir.Node, size: int) -> ir.Value:
         if len(node.inputs) < 3 or node.inputs[2] is None:
             return _new_bias(graph, node, size)
         return _own(graph, node, 2)
-    raise BadOption(f"{label(node)} has no bias")
+    found = bias_add(node)
+    if found is not None:
+        return _own(graph, *found)
+    out = node.outputs[0]
+    bias = _register(graph, f"{out.name}_bias", np.zeros(size), out.dtype or ir.DataType.FLOAT)
+    addition = ir.node("Add", [out, bias])
+    new, name = addition.outputs[0], out.name
+    new.type, new.shape = out.type, out.shape
+    out.replace_all_uses_with(new, replace_graph_outputs=True)
+    addition.replace_input_with(0, out)
+    graph.insert_after(node, addition)
+    out.name, new.name = f"{name}_before_bias", name
+    return bias
 
 
 def _own(graph: ir.Graph, node: ir.Node, index: int) -> ir.Value:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from qcompiler.errors import BadOption, Refusal
 from qcompiler.graph.folds import apply
 from qcompiler.graph.folds.labels import Labels, Unfit
-from qcompiler.graph.folds.region import DOMAINS, Edit, Kind, Region, Undecided, dims, label
+from qcompiler.graph.folds.region import DOMAINS, Edit, Kind, Region, Undecided, dims, label, resolve
 from qcompiler.graph.folds.rules_attention import attention, rotary
 from qcompiler.graph.folds.rules_elementwise import (
     HOMOGENEOUS,
@@ -204,6 +204,8 @@ def find_fold(
     """
     name = value.name or "?"
     try:
+        if resolve(value) is not None:
+            return Refusal(name, f"'{name}' is a constant")
         shape = dims(value)
     except Unfit as reason:
         return Refusal(name, str(reason))

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.folds.labels import Classes, Dims, Labels, Unfit
+from qcompiler.graph.sites import FLOATS
 
 Kind = Literal["scale", "shift", "permute"]
 DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -185,6 +186,8 @@ class Region:
     def _enter(self, value: ir.Value, labels: Labels) -> None:
         if value.is_graph_output():
             self.pin(labels, f"'{value.name}' is an output of the graph")
+        if value.dtype is not None and value.dtype not in FLOATS:
+            self.pin(labels, f"'{value.name}' holds no floating-point numbers")
         producer = value.producer()
         if producer is None:
             self.pin(labels, f"'{value.name}' is an input of the graph")
@@ -232,6 +235,18 @@ def resolve(value: ir.Value) -> Constant | None:
         shared = shared or _sharing(value)
         value, direct = inner, False
     return Constant(value, offset, transposed, shared or _sharing(value), direct)
+
+
+def bias_add(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """The Add of a constant vector that alone reads a node's output, with the place of the vector."""
+    out = node.outputs[0]
+    users = list(out.uses())
+    if len(users) != 1 or out.is_graph_output() or users[0][0].op_type != "Add":
+        return None
+    add, index = users[0]
+    bias = add.inputs[1 - index]
+    known = bias is not None and bias.is_initializer() and len(dims(bias)) == 1
+    return (add, 1 - index) if known and bias is not None and dims(bias)[0] == dims(out)[-1] else None
 
 
 def _plus_scalar(node: ir.Node) -> tuple[ir.Value | None, float]:

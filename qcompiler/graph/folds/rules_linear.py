@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.folds.labels import Labels, Unfit
-from qcompiler.graph.folds.region import Region, dims, label, resolve
+from qcompiler.graph.folds.region import Region, bias_add, dims, label, resolve
 
 
 def matmul(region: Region, node: ir.Node) -> None:
@@ -189,6 +189,8 @@ def _shifted(region: Region, node: ir.Node, weight: ir.Value | None) -> None:
     axis = -1 if node.op_type in ("MatMul", "Gemm") else 1
     if source is not None and _pads(node):
         region.pin(source.labels, f"{label(node)} pads with zeros, which a shift would move")
+    elif source is not None and node.op_type == "MatMul" and not (region.insert or bias_add(node)):
+        region.pin(source.labels, f"{label(node)} has no bias that could make up for a shift")
     elif source is not None:
         region.reads[node] = region.classes.only(source.labels, [axis]).reshape(-1)
     elif result is not None:

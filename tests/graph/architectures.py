@@ -1,0 +1,332 @@
+"""Small random models in the forms that real exporters write, with a compact builder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common
+
+WIDTH, HEADS, VOCABULARY, LAYERS = 16, 4, 40, 2
+HEAD = WIDTH // HEADS
+
+
+class Net:
+    """Builds a graph operation by operation; values are `ir.Value`."""
+
+    def __init__(self, seed: int = 0, opset: int = 21) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.opset = opset
+        self.inputs: list[ir.Value] = []
+        self.nodes: list[ir.Node] = []
+        self.constants: dict[str, ir.Value] = {}
+
+    def input(self, name: str, shape: Sequence[int | str], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        self.inputs.append(ir.val(name, dtype=dtype, shape=ir.Shape(shape)))
+        return self.inputs[-1]
+
+    def const(self, array: Any, name: str = "") -> ir.Value:
+        array = np.asarray(array)
+        array = array.astype(np.float32) if array.dtype == np.float64 else array
+        name = name or f"c{len(self.constants)}"
+        self.constants[name] = ir.val(name, const_value=ir.tensor(array, name=name))
+        return self.constants[name]
+
+    def random(self, *shape: int, name: str = "") -> ir.Value:
+        return self.const(self.rng.normal(size=shape) / np.sqrt(shape[0]), name)
+
+    def gain(self, width: int, name: str = "") -> ir.Value:
+        return self.const(self.rng.uniform(0.5, 2.0, width), name)
+
+    def op(self, kind: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        node = ir.node(
+            kind, inputs, attributes=attributes, num_outputs=outputs, domain=domain, name=f"n{len(self.nodes)}"
+        )
+        for k, value in enumerate(node.outputs):
+            value.name = f"{kind.lower()}_{len(self.nodes)}_{k}"
+        self.nodes.append(node)
+        return node.outputs[0] if outputs == 1 else list(node.outputs)
+
+    def ints(self, *numbers: int) -> ir.Value:
+        return self.const(np.array(numbers, np.int64))
+
+    def linear(self, x: ir.Value, k: int, n: int, bias: bool = True, name: str = "") -> ir.Value:
+        y = self.op("MatMul", x, self.random(k, n, name=f"{name}.weight" if name else ""))
+        return self.op("Add", y, self.random(n)) if bias else y
+
+    def conv(self, x: ir.Value, i: int, o: int, k: int = 3, groups: int = 1, **attributes: Any) -> ir.Value:
+        w = self.const(self.rng.normal(size=(o, i // groups, k, k)) / np.sqrt(i // groups * k * k))
+        return self.op("Conv", x, w, self.random(o), group=groups, pads=[k // 2] * 4, **attributes)
+
+    def layer_norm(self, x: ir.Value, width: int = WIDTH) -> ir.Value:
+        return self.op("LayerNormalization", x, self.gain(width), self.random(width), axis=-1, epsilon=1e-5)
+
+    def rms_norm(self, x: ir.Value, width: int = WIDTH, plus_one: bool = False) -> ir.Value:
+        """As torch.onnx writes it before opset 23; Gemma multiplies by 1 + gamma."""
+        mean = self.op("ReduceMean", self.op("Pow", x, self.const(np.float32(2))), self.ints(-1))
+        root = self.op("Sqrt", self.op("Add", mean, self.const(np.float32(1e-6))))
+        gain = self.gain(width)
+        if plus_one:
+            gain = self.op("Add", gain, self.const(np.float32(1)))
+        return self.op("Mul", gain, self.op("Mul", x, self.op("Reciprocal", root)))
+
+    def heads(self, x: ir.Value, count: int) -> ir.Value:
+        """[batch, seq, count * d] -> [batch, count, seq, d]."""
+        return self.op("Transpose", self.op("Reshape", x, self.ints(0, 0, count, -1)), perm=[0, 2, 1, 3])
+
+    def repeat(self, x: ir.Value, kv: int, times: int) -> ir.Value:
+        """[batch, kv, seq, d] -> [batch, kv * times, seq, d], as exporters write repeat_kv."""
+        wide = self.op("Expand", self.op("Unsqueeze", x, self.ints(2)), self.ints(1, 1, times, 1, 1))
+        return self.op("Reshape", wide, self.ints(0, kv * times, -1, HEAD))
+
+    def rotate(self, x: ir.Value, seq: int, interleaved: bool = False) -> ir.Value:
+        """Rotary embedding in elementary operations."""
+        angle = np.outer(np.arange(seq), 1.0 / 10 ** np.arange(HEAD // 2))
+        angle = np.repeat(angle, 2, axis=1) if interleaved else np.concatenate([angle, angle], 1)
+        cos, sin = self.const(np.cos(angle)), self.const(np.sin(angle))
+        if interleaved:
+            pairs = self.op("Reshape", x, self.ints(0, 0, 0, HEAD // 2, 2))
+            even = self.op("Gather", pairs, self.const(np.array(0)), axis=-1)
+            odd = self.op("Gather", pairs, self.const(np.array(1)), axis=-1)
+            parts = [self.op("Unsqueeze", v, self.ints(-1)) for v in (self.op("Neg", odd), even)]
+            turned = self.op("Reshape", self.op("Concat", *parts, axis=-1), self.ints(0, 0, 0, HEAD))
+        else:
+            low = self.op("Slice", x, self.ints(0), self.ints(HEAD // 2), self.ints(3))
+            high = self.op("Slice", x, self.ints(HEAD // 2), self.ints(2**62), self.ints(3))
+            turned = self.op("Concat", self.op("Neg", high), low, axis=-1)
+        return self.op("Add", self.op("Mul", x, cos), self.op("Mul", turned, sin))
+
+    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """[batch, heads, seq, d] each -> [batch, seq, heads * d]."""
+        scores = self.op("MatMul", q, self.op("Transpose", k, perm=[0, 1, 3, 2]))
+        scores = self.op("Mul", scores, self.const(np.float32(HEAD**-0.5)))
+        mixed = self.op("MatMul", self.op("Softmax", scores, axis=-1), v)
+        return self.op("Reshape", self.op("Transpose", mixed, perm=[0, 2, 1, 3]), self.ints(0, 0, WIDTH))
+
+    def gelu(self, x: ir.Value) -> ir.Value:
+        half = self.op("Erf", self.op("Mul", x, self.const(np.float32(0.5**0.5))))
+        return self.op(
+            "Mul", self.op("Mul", x, self.const(np.float32(0.5))), self.op("Add", half, self.const(np.float32(1)))
+        )
+
+    def silu(self, x: ir.Value) -> ir.Value:
+        return self.op("Mul", x, self.op("Sigmoid", x))
+
+    def model(self, *outputs: ir.Value) -> ir.Model:
+        graph = ir.Graph(
+            self.inputs, outputs, nodes=self.nodes, initializers=list(self.constants.values()),
+            opset_imports={"": self.opset, "com.microsoft": 1}, name="net",
+        )  # fmt: skip
+        model = ir.Model(graph, ir_version=10)
+        onnx_ir.passes.common.ShapeInferencePass()(model)
+        return model
+
+
+SEQ = 6
+
+
+def _tokens(net: Net, scale: bool = False) -> tuple[ir.Value, ir.Value]:
+    ids = net.input("ids", ["batch", SEQ], ir.DataType.INT64)
+    table = net.random(VOCABULARY, WIDTH, name="embedding.weight")
+    x = net.op("Gather", table, ids)
+    return table, net.op("Mul", x, net.const(np.float32(WIDTH**0.5))) if scale else x
+
+
+def gpt2() -> ir.Model:
+    """Pre-LN decoder: learned positions, fused q/k/v through Split, GELU."""
+    net = Net(1)
+    _, x = _tokens(net)
+    x = net.op("Add", x, net.random(1, SEQ, WIDTH))
+    for _ in range(LAYERS):
+        qkv = net.op("Split", net.linear(net.layer_norm(x), WIDTH, 3 * WIDTH), outputs=3, axis=-1, num_outputs=3)
+        mixed = net.attention(*(net.heads(v, HEADS) for v in qkv))
+        x = net.op("Add", x, net.linear(mixed, WIDTH, WIDTH))
+        x = net.op("Add", x, net.linear(net.gelu(net.linear(net.layer_norm(x), WIDTH, 24)), 24, WIDTH))
+    return net.model(net.linear(net.layer_norm(x), WIDTH, VOCABULARY, bias=False))
+
+
+def opt() -> ir.Model:
+    """OPT: separate q, k and v, ReLU."""
+    net = Net(2)
+    _, x = _tokens(net)
+    for _ in range(LAYERS):
+        h = net.layer_norm(x)
+        mixed = net.attention(*(net.heads(net.linear(h, WIDTH, WIDTH), HEADS) for _ in range(3)))
+        x = net.op("Add", x, net.linear(mixed, WIDTH, WIDTH))
+        x = net.op("Add", x, net.linear(net.op("Relu", net.linear(net.layer_norm(x), WIDTH, 24)), 24, WIDTH))
+    return net.model(net.linear(net.layer_norm(x), WIDTH, VOCABULARY, bias=False))
+
+
+def llama(kv: int = HEADS, *, interleaved: bool = False, seed: int = 3) -> ir.Model:
+    """Llama: decomposed RMSNorm and rotary embedding, gated MLP; grouped heads where kv < HEADS."""
+    return _llama(Net(seed), kv, interleaved=interleaved)
+
+
+def qwen() -> ir.Model:
+    """Qwen: biases on q, k and v, norms of queries and keys."""
+    return _llama(Net(4), 2, bias=True, head_norms=True)
+
+
+def gemma() -> ir.Model:
+    """Gemma: 1 + gamma, embeddings times sqrt(d), tied head."""
+    return _llama(Net(5), 2, plus_one=True, tied=True)
+
+
+def _llama(
+    net: Net, kv: int, *, bias: bool = False, head_norms: bool = False, plus_one: bool = False,
+    tied: bool = False, interleaved: bool = False,
+) -> ir.Model:  # fmt: skip
+    table, x = _tokens(net, scale=tied)
+    for layer in range(LAYERS):
+        h = net.rms_norm(x, plus_one=plus_one)
+        sizes = {"q": HEADS, "k": kv, "v": kv}
+        parts = {n: net.heads(net.linear(h, WIDTH, c * HEAD, bias, f"{layer}.{n}"), c) for n, c in sizes.items()}
+        for name in ("q", "k"):
+            if head_norms:
+                parts[name] = net.rms_norm(parts[name], HEAD)
+            parts[name] = net.rotate(parts[name], SEQ, interleaved)
+        if kv < HEADS:
+            parts |= {n: net.repeat(parts[n], kv, HEADS // kv) for n in ("k", "v")}
+        mixed = net.attention(parts["q"], parts["k"], parts["v"])
+        x = net.op("Add", x, net.linear(mixed, WIDTH, WIDTH, False, f"{layer}.o"))
+        h = net.rms_norm(x, plus_one=plus_one)
+        gate, up = (net.linear(h, WIDTH, 24, False, f"{layer}.{n}") for n in ("gate", "up"))
+        x = net.op("Add", x, net.linear(net.op("Mul", net.silu(gate), up), 24, WIDTH, False, f"{layer}.down"))
+    h = net.rms_norm(x, plus_one=plus_one)
+    if tied:
+        return net.model(net.op("MatMul", h, net.op("Transpose", table, perm=[1, 0])))
+    return net.model(net.linear(h, WIDTH, VOCABULARY, False, "head"))
+
+
+def llama_fused(kv: int = 2) -> ir.Model:
+    """Llama with the operators of opset 23: RMSNormalization, RotaryEmbedding, Attention."""
+    net = Net(6, opset=23)
+    _, x = _tokens(net)
+    cos, sin = (net.const(f(np.outer(np.arange(SEQ), [1.0, 0.1]))[None]) for f in (np.cos, np.sin))
+    for layer in range(LAYERS):
+        h = net.op("RMSNormalization", x, net.gain(WIDTH), axis=-1, epsilon=1e-6)
+        q, k, v = (
+            net.linear(h, WIDTH, c * HEAD, False, f"{layer}.{n}") for n, c in (("q", HEADS), ("k", kv), ("v", kv))
+        )
+        q = net.op("RotaryEmbedding", q, _batch(net, cos, q), _batch(net, sin, q), num_heads=HEADS)
+        k = net.op("RotaryEmbedding", k, _batch(net, cos, k), _batch(net, sin, k), num_heads=kv)
+        mixed = net.op("Attention", q, k, v, q_num_heads=HEADS, kv_num_heads=kv)
+        x = net.op("Add", x, net.linear(mixed, WIDTH, WIDTH, False, f"{layer}.o"))
+        h = net.op("RMSNormalization", x, net.gain(WIDTH), axis=-1, epsilon=1e-6)
+        gate, up = (net.linear(h, WIDTH, 24, False, f"{layer}.{n}") for n in ("gate", "up"))
+        x = net.op("Add", x, net.linear(net.op("Mul", net.silu(gate), up), 24, WIDTH, False, f"{layer}.down"))
+    h = net.op("RMSNormalization", x, net.gain(WIDTH), axis=-1, epsilon=1e-6)
+    return net.model(net.linear(h, WIDTH, VOCABULARY, False, "head"))
+
+
+def _batch(net: Net, table: ir.Value, like: ir.Value) -> ir.Value:
+    batch = net.op("Shape", like, start=0, end=1)
+    return net.op("Expand", table, net.op("Concat", batch, net.ints(SEQ, HEAD // 2), axis=0))
+
+
+def parallel() -> ir.Model:
+    """NeoX and Phi: one norm feeds attention and MLP."""
+    net = Net(7)
+    _, x = _tokens(net)
+    for _ in range(LAYERS):
+        h = net.layer_norm(x)
+        mixed = net.attention(*(net.heads(net.linear(h, WIDTH, WIDTH), HEADS) for _ in range(3)))
+        mlp = net.linear(net.gelu(net.linear(h, WIDTH, 24)), 24, WIDTH)
+        x = net.op("Add", x, net.op("Add", net.linear(mixed, WIDTH, WIDTH), mlp))
+    return net.model(net.linear(net.layer_norm(x), WIDTH, VOCABULARY, bias=False))
+
+
+def vit() -> ir.Model:
+    """Vision transformer: patches by a convolution, class token by Concat, head on token 0."""
+    net = Net(8)
+    image = net.input("images", ["batch", 3, 8, 8])
+    patches = net.op("Conv", image, net.random(WIDTH, 3, 4, 4), net.random(WIDTH), strides=[4, 4])
+    x = net.op("Transpose", net.op("Reshape", patches, net.ints(0, WIDTH, -1)), perm=[0, 2, 1])
+    batch = net.op("Shape", image, start=0, end=1)
+    token = net.op("Expand", net.random(1, 1, WIDTH), net.op("Concat", batch, net.ints(1, WIDTH), axis=0))
+    x = net.op("Add", net.op("Concat", token, x, axis=1), net.random(1, 5, WIDTH))
+    for _ in range(LAYERS):
+        h = net.layer_norm(x)
+        mixed = net.attention(*(net.heads(net.linear(h, WIDTH, WIDTH), HEADS) for _ in range(3)))
+        x = net.op("Add", x, net.linear(mixed, WIDTH, WIDTH))
+        x = net.op("Add", x, net.linear(net.gelu(net.linear(net.layer_norm(x), WIDTH, 24)), 24, WIDTH))
+    first = net.op("Gather", net.layer_norm(x), net.const(np.array(0)), axis=1)
+    return net.model(net.op("Gemm", first, net.random(10, WIDTH), net.random(10), transB=1))
+
+
+def mobilenet(clip: bool = True) -> ir.Model:
+    """Inverted residuals: 1x1, depthwise, 1x1, with ReLU6 (or ReLU)."""
+    net = Net(9)
+    image = net.input("images", ["batch", 3, 12, 12])
+
+    def relu6(x: ir.Value) -> ir.Value:
+        if not clip:
+            return net.op("Relu", x)
+        return net.op("Clip", x, net.const(np.float32(0)), net.const(np.float32(6)))
+
+    x = relu6(net.conv(image, 3, 8, strides=[2, 2]))
+    for _ in range(LAYERS):
+        h = relu6(net.conv(x, 8, 16, 1))
+        h = relu6(net.conv(h, 16, 16, 3, groups=16))
+        x = net.op("Add", x, net.conv(h, 16, 8, 1))
+    pooled = net.op("Flatten", net.op("GlobalAveragePool", relu6(net.conv(x, 8, 20, 1))))
+    return net.model(net.op("Gemm", pooled, net.random(10, 20), net.random(10), transB=1))
+
+
+def resnet() -> ir.Model:
+    """Residual blocks with ReLU after the sum, a projection shortcut, a grouped convolution and PRelu."""
+    net = Net(10)
+    image = net.input("images", ["batch", 3, 12, 12])
+    x = net.op("MaxPool", net.op("Relu", net.conv(image, 3, 8)), kernel_shape=[2, 2], strides=[2, 2])
+    h = net.conv(net.op("Relu", net.conv(x, 8, 8)), 8, 8)
+    x = net.op("Relu", net.op("Add", x, h))
+    h = net.op("PRelu", net.conv(x, 8, 16, strides=[2, 2]), net.const(net.rng.uniform(0.1, 0.3, (16, 1, 1))))
+    h = net.conv(net.op("LeakyRelu", net.conv(h, 16, 16, groups=4), alpha=0.1), 16, 16)
+    x = net.op("Relu", net.op("Add", net.conv(x, 8, 16, 1, strides=[2, 2]), h))
+    flat = net.op("Reshape", net.op("ReduceMean", x, net.ints(2, 3)), net.ints(0, 16))
+    return net.model(net.op("Gemm", flat, net.random(16, 10), net.random(10)))
+
+
+ARCHITECTURES: dict[str, Callable[[], ir.Model]] = {
+    "gpt2": gpt2,
+    "opt": opt,
+    "llama": llama,
+    "llama-gqa": lambda: llama(2),
+    "llama-interleaved": lambda: llama(2, interleaved=True),
+    "llama-fused": llama_fused,
+    "qwen": qwen,
+    "gemma": gemma,
+    "parallel": parallel,
+    "vit": vit,
+    "mobilenet": mobilenet,
+    "mobilenet-relu": lambda: mobilenet(clip=False),
+    "resnet": resnet,
+}
+
+
+def feeds_for(model: ir.Model, seed: int = 0, batch: int = 3, loud: bool = False) -> dict[str, np.ndarray]:
+    """Random inputs; with `loud` one channel of float inputs is a hundred times larger."""
+    rng = np.random.default_rng(seed)
+    feeds: dict[str, np.ndarray] = {}
+    for value in model.graph.inputs:
+        shape = [d if isinstance(d, int) else batch for d in value.shape or ()]
+        if value.dtype == ir.DataType.INT64:
+            feeds[value.name or ""] = rng.integers(0, VOCABULARY, shape)
+        else:
+            array = rng.normal(size=shape).astype(np.float32)
+            if loud:
+                array[:, 0] *= 100
+            feeds[value.name or ""] = array
+    return feeds
+
+
+def inject_outliers(model: ir.Model, count: int = 3, factor: float = 100.0) -> None:
+    """Make some channels of the embedding table large, in place: the whole residual stream has outliers then."""
+    rng = np.random.default_rng(0)
+    value = model.graph.initializers.get("embedding.weight")
+    if value is not None and value.const_value is not None:
+        array = value.const_value.numpy().copy()
+        array[:, rng.choice(WIDTH, count, replace=False)] *= factor
+        value.const_value = ir.tensor(array, name=value.name)
