@@ -26,7 +26,8 @@ from qcompiler.passes.round.streams import Streams, calibration_feeds
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.progress import Progress
 
-_ROWS = 1 << 15  # rows of all samples together that a Gram matrix is made of
+_LEAST_ROWS = 1 << 12  # of all samples together, for a Gram matrix
+_ROWS_PER_COLUMN = 16
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class GPTQ(Pass):
     ) -> tuple[Floats, Floats | None]:
         """Mean of x x^T, and of (exact - x) x^T if the error is to be followed: [blocks, columns, columns]."""
         follow = self.sequential and self.follow > 0
-        limit = max(1, _ROWS // len(streams.rounded))
+        limit = -(-max(_LEAST_ROWS, _ROWS_PER_COLUMN * site.columns) // len(streams.rounded))
         gram = np.zeros((block_count(site), site.columns, site.columns), np.float32)
         cross: Floats | None = np.zeros_like(gram) if follow else None
         count = 0
@@ -158,4 +159,4 @@ def _followed(matrix: Floats, cross: npt.NDArray[np.float32], factor: Factor) ->
     ordered = np.take_along_axis(wide, index, 2) @ factor.upper.transpose(0, 2, 1) @ factor.upper
     change = np.empty_like(wide)
     np.put_along_axis(change, index, ordered, 2)
-    return matrix + change.reshape(matrix.shape)
+    return np.asarray(matrix + change.reshape(matrix.shape), np.float32)

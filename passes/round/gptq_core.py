@@ -77,10 +77,13 @@ def _inverse_factor(hessian: npt.NDArray[np.float64]) -> Floats | None:
         lower = np.linalg.cholesky(hessian[:, ::-1, ::-1])
     except np.linalg.LinAlgError:
         return None
-    upper, identity = np.empty(hessian.shape, np.float32), np.eye(hessian.shape[-1])
-    for index, block in enumerate(lower):
-        upper[index] = scipy.linalg.solve_triangular(block[::-1, ::-1], identity, check_finite=False)
-    return upper if np.isfinite(upper).all() else None
+    upper = lower[:, ::-1, ::-1]
+    if len(upper) > 1:  # many small ones
+        inverse = np.linalg.inv(upper)
+    else:
+        identity = np.eye(hessian.shape[-1])
+        inverse = scipy.linalg.solve_triangular(upper[0], identity, overwrite_b=True, check_finite=False)[None]
+    return inverse.astype(np.float32) if np.isfinite(inverse).all() else None
 
 
 def gptq_round(matrix: Floats, factor: Factor, spec: QuantSpec, scale: Floats, zero: Floats | None) -> npt.NDArray[Any]:
