@@ -39,7 +39,7 @@ class FastForm:
     Attributes:
         model: the graph for ONNX Runtime.
         expected: operation types that the optimised graph must hold, with their numbers.
-        forms: site name -> "integer", "rows", "blocks4", "blocks4-int8", "gather4", "decoded".
+        forms: site name -> "integer", "rows", "blocks4", "blocks4-int8", "gather4", "decoded"; joined by "+" where users differ.
         rounds_activations: whether any operation quantizes its data.
     """
 
@@ -66,7 +66,8 @@ class _Rewriter:
             name = self._rewrite(use)
             self.form.rounds_activations |= use.activation is not None
             names.setdefault(use.weight.dequantize, set()).add(name)
-            self.form.forms[use.weight.site] = name
+            earlier = self.form.forms.get(use.weight.site)
+            self.form.forms[use.weight.site] = name if earlier in (None, name) else f"{earlier}+{name}"
         for node in [n for n, forms in names.items() if "decoded" in forms and "integer" not in forms]:
             decode(model, node)
         for tidy in (

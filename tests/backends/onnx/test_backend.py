@@ -204,6 +204,7 @@ def test_a_tied_table_is_written_once_and_serves_gather_and_product(tmp_path: Pa
     }"""
     compiled, error = compile_and_compare(lowered("gather", "uint4-asym-g32-fp16", text=text), "gather", tmp_path)
     counts = compiled.facts["operations"]
+    assert list(compiled.facts["forms"].values()) == ["gather4+blocks4"]
     assert (counts["GatherBlockQuantized"], counts["MatMulNBits"]) == (1, 1)
     assert error < 1e-5
     held = sum(
