@@ -39,7 +39,8 @@ class FastForm:
     Attributes:
         model: the graph for ONNX Runtime.
         expected: operation types that the optimised graph must hold, with their numbers.
-        forms: site name -> "integer", "rows", "blocks4", "blocks4-int8", "gather4", "decoded"; joined by "+" where users differ.
+        forms: site name -> "integer", "rows", "blocks4", "blocks4-int8", "gather4", "decoded";
+            joined by "+" where users differ.
         rounds_activations: whether any operation quantizes its data.
     """
 
