@@ -141,6 +141,9 @@ def size_curve(curve: Mapping[str, Any] | None) -> str:
             "fill:var(--hot);stroke:var(--card);stroke-width:2",
             f"chosen: {bits:.3f} bits, loss {loss:.3g}",
         )
+        bound = curve.get("lower_bound")
+        if bound and bound > 0:
+            d.dot(x(bits), y(bound), 9.5, "fill:none;stroke:var(--good);stroke-width:1.6", f"proven bound {bound:.3g}")
         side = "start" if x(bits) < (d.x0 + d.x1) / 2 else "end"
         shift = 12 if side == "start" else -12
         d.text(x(bits) + shift, y(loss) - 9, f"chosen: {bits:.2f} bits, {number(loss)}", side, css="callout")
