@@ -1,0 +1,132 @@
+"""Nearest, GPTQ and BiasCorrection on whole small models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qcompiler.errors import PassRefused
+from qcompiler.formats.fit import quantize
+from qcompiler.graph.sites import find_sites
+from qcompiler.measure.runner import Runner
+from qcompiler.model import Model
+from qcompiler.passes.lower.insert_qdq import InsertQDQ
+from qcompiler.passes.round.activation_ranges import ActivationRanges
+from qcompiler.passes.round.bias_correction import BiasCorrection
+from qcompiler.passes.round.gptq import GPTQ
+from qcompiler.passes.round.nearest import Nearest
+from qcompiler.progress import Silent
+
+from tests.passes.round.small_models import cnn, mlp, planned
+
+
+def outputs(model: Model, lowered: bool = True) -> np.ndarray:
+    copy = model.clone()
+    if lowered:
+        InsertQDQ().run(copy, Silent())
+    runner = Runner(copy.ir)
+    assert model.calibration is not None
+    return np.concatenate([runner(feed)["y"] for feed in model.calibration.batches(8)])
+
+
+def error(model: Model) -> float:
+    return float(((outputs(model) - outputs(model, lowered=False)) ** 2).mean())
+
+
+def test_nearest_fills_the_planned_sites_only() -> None:
+    model = planned(mlp(), "int4-sym-channel-fp32")
+    first, second = find_sites(model.ir)
+    model.plan = model.plan.with_sites({second.name: type(model.plan.sites[second.name])(None)})
+    report = Nearest().run(model, Silent())
+    assert list(model.weights) == [first.name]
+    assert report.changed == 1
+    expected = quantize(first.matrix(), model.weights[first.name].spec)
+    np.testing.assert_array_equal(model.weights[first.name].codes, expected.codes)
+
+
+def test_importance_lowers_the_output_error() -> None:
+    errors = []
+    for importance in ("none", "activations"):
+        model = planned(mlp(), "int3-sym-channel-fp32")
+        Nearest(importance=importance).run(model, Silent())
+        errors.append(error(model))
+    assert errors[1] < errors[0]
+
+
+def test_nearest_importance_reaches_convolutions() -> None:
+    model = planned(cnn(), "int3-sym-channel-fp32")
+    Nearest(importance="activations").run(model, Silent())
+    assert len(model.weights) == 4
+
+
+@pytest.mark.parametrize(("make", "spec"), [(mlp, "uint3-asym-g8-fp16"), (cnn, "int4-sym-channel-fp32")])
+def test_gptq_beats_nearest(make: Any, spec: str) -> None:
+    near, better = planned(make(), spec), planned(make(), spec)
+    Nearest().run(near, Silent())
+    report = GPTQ().run(better, Silent())
+    assert error(better) < 0.8 * error(near)
+    assert set(report.metrics["relative_error"]) == set(better.weights)
+    assert all(v["error"] <= v["nearest"] for v in report.metrics["relative_error"].values())
+
+
+def test_following_the_float_stream_helps_at_the_output() -> None:
+    errors = {}
+    for follow in (0.0, 0.5):
+        model = planned(mlp(samples=96), "int3-sym-channel-fp32")
+        GPTQ(follow=follow, samples=96).run(model, Silent())
+        errors[follow] = error(model)
+    assert errors[0.5] < errors[0.0]
+
+
+def test_gptq_is_deterministic_and_not_sequential_on_request() -> None:
+    codes = []
+    for sequential in (True, True, False):
+        model = planned(cnn(), "int4-sym-channel-fp32")
+        GPTQ(sequential=sequential).run(model, Silent())
+        codes.append(np.concatenate([q.codes.reshape(-1) for q in model.weights.values()]))
+    np.testing.assert_array_equal(codes[0], codes[1])
+    assert (codes[0] != codes[2]).any()
+
+
+def test_eight_bits_and_more_return_the_weights() -> None:
+    model = planned(mlp(), "int16-sym-channel-fp32")
+    GPTQ(follow=0.0).run(model, Silent())
+    for site in find_sites(model.ir):
+        np.testing.assert_allclose(model.weights[site.name].decode(), site.matrix(), atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["float", "static"])
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_bias_correction_restores_the_means(make: Any, activation: Any) -> None:
+    model = planned(make(), "int3-sym-channel-fp32", activation)
+    Nearest().run(model, Silent())
+    ActivationRanges("minmax").run(model, Silent())
+    reference = outputs(model, lowered=False)
+    axes = tuple(range(reference.ndim - 1))
+
+    def offset() -> float:
+        return float(np.abs((outputs(model) - reference).mean(axes)).max())
+
+    before, spread_before = offset(), (outputs(model) - reference).std()
+    report = BiasCorrection(samples=1000).run(model, Silent())
+    assert report.changed == len(model.weights)
+    assert offset() < 0.02 * before
+    assert (outputs(model) - reference).std() < 1.5 * spread_before
+
+
+def test_passes_refuse_what_they_cannot_do() -> None:
+    model = planned(mlp(), "int4-sym-channel-fp32")
+    with pytest.raises(PassRefused, match="nothing is quantized"):
+        BiasCorrection().requires(model)
+    Nearest().run(model, Silent())
+    model.calibration = None
+    for item in (GPTQ(), BiasCorrection(), Nearest(importance="activations")):
+        with pytest.raises(PassRefused, match="calibration data"):
+            item.requires(model)
+    Nearest().requires(model)
+    InsertQDQ().run(model, Silent())
+    for item in (GPTQ(), Nearest(), BiasCorrection(), ActivationRanges()):
+        with pytest.raises(PassRefused, match="lowered"):
+            item.requires(model)
