@@ -1,12 +1,16 @@
 """BiasCorrection: give every output channel back the mean that quantization took from it.
 
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, in its empirical
-form: E[W x - W~ x~] for each output channel, site by site, with all earlier sites quantized and corrected.
+form: E[W x - W~ x~] for each output channel, site by site, with all earlier sites quantized and corrected. Where a
+Relu or Clip follows, the mean in front of it may be off where nobody looks; so a shift is judged by the squared
+error behind it, and a channel that it would not help is left alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,16 +18,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import PassRefused
+from qcompiler.formats.base import Floats
 from qcompiler.graph.sites import Site, find_sites
-from qcompiler.measure.segments import Boundary, Segment, Segments
+from qcompiler.measure.segments import Boundary, Segments
 from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
+from qcompiler.passes.round.quantized_values import bounds_of, follower
+from qcompiler.passes.round.rows import block_count
 from qcompiler.passes.round.streams import calibration_feeds
 from qcompiler.pipeline import Pass, PassReport, Refusal
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress, Silent
 
 Array = npt.NDArray[Any]
+_POSITIONS = 512  # of each sample that a mean is taken over
 
 
 @dataclass(frozen=True)
@@ -48,45 +56,36 @@ class BiasCorrection(Pass):
             raise PassRefused("bias correction needs calibration data", where=model.name)
 
     def run(self, model: Model, progress: Progress) -> PassReport:
-        """Measure and store the shifts; metrics hold the largest one of each site, relative to the output."""
+        """Measure and store the shifts; metrics hold the largest one of each site, in standard deviations."""
         sites = [site for site in find_sites(model.ir) if site.name in model.weights]
         refused = [Refusal(s.name, "a table has no output channels to correct") for s in sites if s.op == "Gather"]
         sites = [site for site in sites if site.op != "Gather"]
         feeds = calibration_feeds(model, self.samples, self.tokens)
-        exact = _exact_means(model, sites, feeds)
-        simulated = _simulation(model, sites)
-        shifts = _shifts(simulated, model, exact, feeds, progress)
+        shifts, sizes = self._shifts(model, sites, feeds, progress)
         model.bias_shift.update(shifts)
-        sizes = {name: float(np.abs(s).max() / max(np.abs(exact[name]).max(), 1e-12)) for name, s in shifts.items()}
         return PassReport(self.registered_name(), len(shifts), tuple(refused), {"largest_shift": sizes})
 
-
-def _mean(site: Site, outputs: list[Array]) -> npt.NDArray[np.float32]:
-    """Mean over everything but the output channels: float32 [rows]."""
-    axis = 1 if site.layout.startswith("conv") else -1
-    sums = np.zeros(site.rows, np.float64)
-    count = 0
-    for y in outputs:
-        if site.layout == "columns-first" and len(site.shape) > 2:  # rows of all matrices of the batch
-            wide = np.broadcast_to(y, np.broadcast_shapes(y.shape[:-2], site.shape[:-2]) + y.shape[-2:])
-            flat = wide.swapaxes(-1, -2).reshape(-1, site.rows, y.shape[-2]).swapaxes(1, 2).reshape(-1, site.rows)
-        else:
-            flat = np.moveaxis(y, axis, -1).reshape(-1, site.rows)
-        sums += flat.sum(0, dtype=np.float64)
-        count += len(flat)
-    return (sums / max(count, 1)).astype(np.float32)
-
-
-def _exact_means(model: Model, sites: list[Site], feeds: list[dict[str, Array]]) -> dict[str, npt.NDArray[np.float32]]:
-    """Mean output of each site in the float model."""
-    segments = Segments(model.ir, sites)
-    means = {site.name: np.zeros(site.rows, np.float32) for site in sites}
-    for feed in feeds:
-        for segment, boundary in segments.boundaries(feed):
-            found = segment.read(boundary, [str(site.node.outputs[0].name) for site in segment.sites])
-            for site in segment.sites:
-                means[site.name] += _mean(site, [found[str(site.node.outputs[0].name)]]) / np.float32(len(feeds))
-    return means
+    def _shifts(
+        self, model: Model, sites: list[Site], feeds: list[dict[str, Array]], progress: Progress
+    ) -> tuple[dict[str, Floats], dict[str, float]]:
+        """Site by site: what the output lacks when all before is quantized and corrected."""
+        simulated = _simulation(model, sites)
+        exact, found = (_Stream(m, model.weights.keys(), feeds) for m in (model, simulated))
+        for name, site in found.sites.items():
+            found.replaced[str(site.weight.name)] = site.from_matrix(model.weights[name].decode())
+        shifts: dict[str, Floats] = {}
+        sizes: dict[str, float] = {}
+        for site in progress.track(sites, "Correcting biases"):
+            activation = follower(site.node.outputs[0])
+            bounds = None if activation is None else bounds_of(activation)
+            reference = exact.outputs(site.name)
+            shift = _best_shift(reference, found.outputs(site.name), bounds or (-np.inf, np.inf))
+            shifts[site.name] = shift
+            sizes[site.name] = float(np.abs(shift).max() / max(reference.std(), 1e-12))
+            constant = simulated.graph.initializers[_shift_name(site)].const_value
+            assert constant is not None
+            found.replaced[_shift_name(site)] = shift.reshape(constant.numpy().shape)
+        return shifts, sizes
 
 
 def _simulation(model: Model, sites: list[Site]) -> Model:
@@ -124,35 +123,47 @@ def _append_shift(graph: ir.Graph, site: Site) -> None:
         graph.insert_after(node, add)
 
 
-def _shifts(
-    simulated: Model,
-    model: Model,
-    exact: dict[str, npt.NDArray[np.float32]],
-    feeds: list[dict[str, Array]],
-    progress: Progress,
-) -> dict[str, npt.NDArray[np.float32]]:
-    """Site by site: the mean output with all before quantized and corrected, and what it lacks."""
-    by_name = {site.name: site for site in find_sites(simulated.ir)}
-    segments = Segments(simulated.ir, [by_name[name] for name in by_name if name in model.weights])
-    replaced = {
-        str(site.weight.name): site.from_matrix(model.weights[name].decode())
-        for name, site in by_name.items()
-        if name in model.weights
-    }
-    boundaries = [segments.start(feed) for feed in feeds]
-    shifts: dict[str, npt.NDArray[np.float32]] = {}
-    for segment in progress.track(list(segments), "Correcting biases"):
-        for site in (s for s in segment.sites if s.name in exact):
-            shifts[site.name] = exact[site.name] - _quantized_mean(segment, site, boundaries, replaced)
-            initializer = simulated.graph.initializers[_shift_name(site)]
-            replaced[_shift_name(site)] = shifts[site.name].reshape(tuple(initializer.shape or ()))  # type: ignore[arg-type]
-        boundaries = [segment.run(boundary, replaced) for boundary in boundaries]
-        segment.drop()
-    return shifts
+class _Stream:
+    """Calibration data in front of one segment of a model, moved on as needed."""
+
+    def __init__(self, model: Model, rounded: Collection[str], feeds: list[dict[str, Array]]) -> None:
+        self.sites = {site.name: site for site in find_sites(model.ir) if site.name in rounded}
+        self.replaced: dict[str, Array] = {}
+        self._segments = Segments(model.ir, list(self.sites.values()))
+        self._boundaries: list[Boundary] = [self._segments.start(feed) for feed in feeds]
+        self._position = 0
+
+    def outputs(self, name: str) -> Floats:
+        """Output of a site, [positions of all samples, rows], thinned out; sites must come in order."""
+        site, index = self.sites[name], self._segments.index_of(name)
+        while self._position < index:
+            segment = self._segments[self._position]
+            self._boundaries = [segment.run(boundary, self.replaced) for boundary in self._boundaries]
+            segment.drop()
+            self._position += 1
+        value = str(site.node.outputs[0].name)
+        read = (self._segments[index].read(b, [value], self.replaced)[value] for b in self._boundaries)
+        return np.concatenate([_by_channel(site, y) for y in read])
 
 
-def _quantized_mean(
-    segment: Segment, site: Site, boundaries: list[Boundary], replaced: dict[str, Array]
-) -> npt.NDArray[np.float32]:
-    name = str(site.node.outputs[0].name)
-    return _mean(site, [segment.read(boundary, [name], replaced)[name] for boundary in boundaries])
+def _by_channel(site: Site, y: Array) -> Floats:
+    """[positions, rows], evenly thinned out."""
+    if site.layout.startswith("conv"):
+        flat = np.moveaxis(y, 1, -1).reshape(-1, site.rows)
+    elif block_count(site) == 1:
+        flat = y.reshape(-1, site.rows)
+    else:  # a batch of matrices: [..., *batch, positions, N] -> [positions, batch * N]
+        batch = (*site.shape[:-2], site.shape[-1])
+        flat = y.reshape(-1, block_count(site), *y.shape[-2:]).swapaxes(1, 2).reshape(-1, prod(batch))
+    step = max(1, len(flat) // _POSITIONS)
+    return np.asarray(flat[::step], np.float32)
+
+
+def _best_shift(exact: Floats, found: Floats, bounds: tuple[float, float]) -> Floats:
+    """Of no shift, the difference of the means, and that of the means behind the activation: the best a channel."""
+    goal = np.clip(exact, *bounds)
+    reached = np.clip(found, *bounds)
+    open_share = np.maximum(((found > bounds[0]) & (found < bounds[1])).mean(0), 0.05)
+    choices = [np.zeros(exact.shape[1]), (exact - found).mean(0), (goal - reached).mean(0) / open_share]
+    errors = [np.square(np.clip(found + shift, *bounds) - goal).mean(0) for shift in choices]
+    return np.choose(np.argmin(errors, 0), choices).astype(np.float32)

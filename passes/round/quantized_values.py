@@ -78,21 +78,24 @@ def _follow(node: ir.Node, found: dict[ir.Value, Target], add: object) -> None:
 def _behind(value: ir.Value) -> Target:
     """A value with the bounds of the Relu or Clip that makes it."""
     producer = value.producer()
-    bounds = None if producer is None else _bounds(producer)
+    bounds = None if producer is None else bounds_of(producer)
     return Target(value) if bounds is None else Target(value, *bounds)
 
 
 def _absorbed(value: ir.Value) -> Target:
     """A value, or the result of the only operation that reads it if that is a Relu or Clip."""
+    node = follower(value)
+    bounds = None if node is None else bounds_of(node)
+    return Target(value) if node is None or bounds is None else Target(node.outputs[0], *bounds)
+
+
+def follower(value: ir.Value) -> ir.Node | None:
+    """The only operation that sees a value, if there is just one."""
     uses = tuple(value.uses())
-    if len(uses) == 1 and not value.is_graph_output():
-        bounds = _bounds(uses[0].node)
-        if bounds is not None:
-            return Target(uses[0].node.outputs[0], *bounds)
-    return Target(value)
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def _bounds(node: ir.Node) -> tuple[float, float] | None:
+def bounds_of(node: ir.Node) -> tuple[float, float] | None:
     """What a Relu or a Clip with constant bounds around zero lets through; None for other operations."""
     if node.domain == "" and node.op_type == "Relu":
         return 0.0, float(np.inf)

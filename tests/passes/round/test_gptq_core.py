@@ -49,7 +49,9 @@ def test_agrees_with_the_naive_loop(order: str) -> None:
     assert (codes != expected).mean() < 0.01  # float32 may fall on the other side of a tie, and what follows
 
 
-@pytest.mark.parametrize("name", ["uint4-asym-g32-fp16", "int3-sym-channel-fp32", "int2-sym-g32-fp16", "int4-sym-tensor-fp32"])
+@pytest.mark.parametrize(
+    "name", ["uint4-asym-g32-fp16", "int3-sym-channel-fp32", "int2-sym-g32-fp16", "int4-sym-tensor-fp32"]
+)
 def test_every_step_lowers_the_loss(name: str) -> None:
     w, gram = problem()
     spec, factor = parse_spec(name), factorize(gram)

@@ -11,7 +11,6 @@ from onnx import helper
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
 from qcompiler.passes.round.rows import block_count, input_rows
-
 from tests.passes.round.small_models import build
 
 RNG = np.random.default_rng(2)
@@ -38,7 +37,11 @@ def test_convolutions(op: str, shape: tuple[int, ...], x: tuple[int, ...], attri
 def test_products() -> None:
     data = RNG.standard_normal((2, 5, 7)).astype(np.float32)
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="m")
-    check(build([node], {"w": RNG.standard_normal((7, 3)).astype(np.float32)}, {"x": [2, 5, 7]}, ["y"], {"x": data}), data, -1)
+    check(
+        build([node], {"w": RNG.standard_normal((7, 3)).astype(np.float32)}, {"x": [2, 5, 7]}, ["y"], {"x": data}),
+        data,
+        -1,
+    )
 
 
 def test_batch_of_matrices() -> None:

@@ -18,7 +18,6 @@ from qcompiler.passes.round.bias_correction import BiasCorrection
 from qcompiler.passes.round.gptq import GPTQ
 from qcompiler.passes.round.nearest import Nearest
 from qcompiler.progress import Silent
-
 from tests.passes.round.small_models import cnn, mlp, planned
 
 
