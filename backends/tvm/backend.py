@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qcompiler.backends.tvm.conv_sites import FIXED_PADS
 from qcompiler.backends.tvm.layout import LONGEST_GROUP
-from qcompiler.errors import BadModel, MissingExtra
+from qcompiler.errors import BadModel, MissingExtra, PassRefused
 from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec, UInt
 from qcompiler.graph.functions import QUANTIZE_ROWS
 from qcompiler.graph.sites import Site
@@ -61,6 +61,8 @@ class CpuBackend:
 
     def supports(self, site: Site, plan: SitePlan) -> str | None:
         """Why no kernel takes this plan, or None."""
+        if plan.activation == "dynamic" and site.op not in ("MatMul", "Gemm"):
+            return f"dynamic activations are for MatMul and Gemm, not {site.op}"
         if plan.weight is None:
             return None
         fmt, granularity = plan.weight.format, plan.weight.granularity
@@ -71,8 +73,16 @@ class CpuBackend:
         return _conv_refusal(site) if site.op in ("Conv", "ConvTranspose") else _product_refusal(site)
 
     def compile(self, model: Model, folder: Path, progress: Progress) -> Compiled:
-        """Write library, packed weights, a loader and the facts it needs."""
+        """Write library, packed weights, a loader and the facts it needs.
+
+        Raises:
+            MissingExtra: TVM is not installed.
+            PassRefused: the model is not lowered.
+            BadModel: an operation that neither TVM nor we have, or a packed weight without a kernel.
+        """
         _require_tvm()
+        if not model.lowered:
+            raise PassRefused("the model is not lowered", where=model.name, fix="run InsertQDQ before the backend")
         from qcompiler.backends.tvm.build import build_library, features_of, has_vnni, host_target
         from qcompiler.backends.tvm.importer import import_model
         from qcompiler.backends.tvm.kernels import KernelSet

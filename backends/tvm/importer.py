@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import onnx
@@ -22,8 +24,10 @@ def import_model(model: onnx.ModelProto, kernels: KernelSet) -> Any:
     Raises:
         tvm.error.OpNotImplemented: for operations that neither TVM nor we know.
     """
-    with _our_converters(kernels):
-        return onnx_frontend.from_onnx(model, sanitize_input_names=False)
+    with _our_converters(kernels), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with redirect_stdout(StringIO()):  # the importer prints what it then raises
+            return onnx_frontend.from_onnx(model, sanitize_input_names=False)
 
 
 @contextmanager

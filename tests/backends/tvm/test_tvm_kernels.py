@@ -41,7 +41,9 @@ def random_weight(rows: int, columns: int, text: str) -> QTensor:
     fmt: Any = spec.format
     grid = spec.granularity.grid(rows, columns)
     codes = rng.integers(fmt.lo, fmt.hi + 1, (rows, columns)).astype(fmt.dtype)
-    scale = rng.integers(1, 128, grid).astype(np.float32) / 1024  # exact in every scale dtype
+    scale = (rng.integers(1, 128, grid).astype(np.float32) / np.float32(1024)).astype(
+        np.float32
+    )  # exact in every scale dtype
     zero = None if spec.symmetric else rng.integers(fmt.lo, fmt.hi + 1, grid).astype(np.float32)
     return QTensor(spec, codes, scale, zero)
 

@@ -18,7 +18,9 @@ def random_weight(rows: int, columns: int, spec_text: str, seed: int = 0) -> QTe
     lo, hi, dtype = spec.format.lo, spec.format.hi, spec.format.dtype  # type: ignore[attr-defined]
     grid = spec.granularity.grid(rows, columns)
     codes = rng.integers(lo, hi + 1, (rows, columns)).astype(dtype)
-    scale = rng.integers(1, 64, grid).astype(np.float32) / 256  # exact in every scale dtype
+    scale = (rng.integers(1, 64, grid).astype(np.float32) / np.float32(256)).astype(
+        np.float32
+    )  # exact in every scale dtype
     zero = None if spec.symmetric else rng.integers(lo, hi + 1, grid).astype(np.float32)
     return QTensor(spec, codes, scale, zero)
 
@@ -59,12 +61,14 @@ def test_flat_weights_take_no_more_room_than_accounted(bits: int) -> None:
     weight = random_weight(9, 25, f"int{bits}-sym-channel-fp16")
     arrays = flat(weight)
     assert sum(array.nbytes for array in arrays.values()) * 8 == weight.stored_bits
-    planes = [arrays[f"plane{i}"] for i in range(len(plane_widths(bits)))]
+    planes = [arrays[f"plane{i}"].astype(np.uint8) for i in range(len(plane_widths(bits)))]
     codes = unpack(planes, bits, 9 * 25).reshape(9, 25)
     assert np.array_equal(codes.astype(np.int16) - (1 << (bits - 1)), weight.codes)
 
 
-@pytest.mark.parametrize("spec", ["uint4-asym-g32-fp16", "uint2-asym-g64-fp16", "uint8-asym-g32-fp16", "uint3-sym-g32-fp16"])
+@pytest.mark.parametrize(
+    "spec", ["uint4-asym-g32-fp16", "uint2-asym-g64-fp16", "uint8-asym-g32-fp16", "uint3-sym-g32-fp16"]
+)
 def test_tiled_weights_of_whole_tiles_take_what_is_accounted(spec: str) -> None:
     weight = random_weight(64, 512, spec)
     assert sum(array.nbytes for array in tile(weight, tiling_of(weight)).values()) * 8 == weight.stored_bits
