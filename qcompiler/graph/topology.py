@@ -17,7 +17,9 @@ from qcompiler.graph.sites import Site, find_sites
 # Operations that hand on the numbers that they get; the same stream before and after.
 _SAME = frozenset({"Identity", "Dropout", "Cast"})
 _RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
-_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish", "Sigmoid", "HardSigmoid", "Gelu"})
+_ACTIVATIONS = frozenset(
+    {"MaxPool", "Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish", "Sigmoid", "HardSigmoid", "Gelu"}
+)
 
 
 def to_networkx(model: ir.Model) -> nx.MultiDiGraph[ir.Node]:

@@ -4,7 +4,9 @@ fold = find_fold(model, value)            # a Fold, or a Refusal with the reason
 fold.scale(fold.tied(s))                  # value / s, consumers * s
 """
 
+from qcompiler.graph.folds.apply import untie
 from qcompiler.graph.folds.fold import Fold, find_fold
 from qcompiler.graph.folds.region import Edit, Kind
+from qcompiler.graph.folds.stream import Stream, find_stream
 
-__all__ = ["Edit", "Fold", "Kind", "find_fold"]
+__all__ = ["Edit", "Fold", "Kind", "Stream", "find_fold", "find_stream", "untie"]

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.graph.folds.labels import Classes, Labels
-from qcompiler.graph.folds.region import Constant, Edit, Mark, Region, bias_add, resolve
+from qcompiler.graph.folds.region import Constant, Edit, Mark, Region, bias_add, label, resolve
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,9 +27,9 @@ def scale(model: ir.Model, region: Region, start: Labels, s: Floats) -> None:
     changes: dict[ir.Value, Floats] = {}
     for edit in _own_edits(model.graph, region):
         constant = edit.constant.value
-        array = changes.get(constant, _read(constant)) + edit.constant.offset
+        array = changes.get(constant, read(constant)) + edit.constant.offset
         changes[constant] = array * factor(edit.labels, edit.sign) - edit.constant.offset
-    _commit(changes)
+    commit(changes)
 
 
 def shift(model: ir.Model, region: Region, start: Labels, d: Floats) -> None:
@@ -42,15 +42,15 @@ def shift(model: ir.Model, region: Region, start: Labels, d: Floats) -> None:
     changes: dict[ir.Value, Floats] = {}
     for edit in _own_edits(model.graph, region):
         constant = edit.constant.value
-        changes[constant] = changes.get(constant, _read(constant)) - edit.sign * moved(edit.labels)
+        changes[constant] = changes.get(constant, read(constant)) - edit.sign * moved(edit.labels)
     for node, labels in region.biases.items():
         bias = _new_bias(model.graph, node, labels.size)
         changes[bias] = -moved(labels).reshape(-1)
     for node, labels in region.reads.items():
         addition = _through_weight(node, moved(labels))
         bias = _bias_of(model.graph, node, addition.size)
-        changes[bias] = changes.get(bias, _read(bias)) + addition.reshape(_read(bias).shape)
-    _commit(changes)
+        changes[bias] = changes.get(bias, read(bias)) + addition.reshape(read(bias).shape)
+    commit(changes)
 
 
 def permute(model: ir.Model, region: Region, start: Labels, ties: Labels, order: npt.NDArray[np.int64]) -> None:
@@ -65,9 +65,9 @@ def permute(model: ir.Model, region: Region, start: Labels, ties: Labels, order:
     changes: dict[ir.Value, Floats] = {}
     for edit in _own_edits(model.graph, region):
         constant = edit.constant.value
-        array = changes.get(constant, _read(constant))
+        array = changes.get(constant, read(constant))
         changes[constant] = _reordered(array, region.classes.roots(edit.labels), target)
-    _commit(changes)
+    commit(changes)
 
 
 def absmax(classes: Classes, start: Labels, edits: Sequence[Edit]) -> Floats:
@@ -76,13 +76,33 @@ def absmax(classes: Classes, start: Labels, edits: Sequence[Edit]) -> Floats:
     known, place = np.unique(roots, return_inverse=True)
     found = np.zeros(len(known))
     for edit in edits:
-        array = np.abs(_read(edit.constant.value) + edit.constant.offset)
+        array = np.abs(read(edit.constant.value) + edit.constant.offset)
         short = tuple(k for k, size in enumerate(edit.labels.shape) if size == 1)
         largest = array.max(axis=short, keepdims=True) if array.size else array
         own = np.broadcast_to(classes.roots(edit.labels), largest.shape)
         inside = np.isin(own, known)
         np.maximum.at(found, np.searchsorted(known, own[inside]), largest[inside])
     return found[place]
+
+
+def untie(model: ir.Model, node: ir.Node, index: int) -> None:
+    """Give an operand its own copy of a shared weight, read through Transpose, Cast and the like.
+
+    Raises:
+        BadOption: the operand is no constant.
+    """
+    value = node.inputs[index]
+    constant = None if value is None else resolve(value)
+    if value is None or constant is None:
+        raise BadOption("no constant to untie", label(node))
+    array = read(constant.value) + constant.offset
+    dtype = value.dtype or ir.DataType.FLOAT
+    name = f"{constant.value.name}_own"
+    copy = _register(model.graph, name, array.T if constant.transposed else array, dtype)
+    node.replace_input_with(index, copy)
+    while (producer := value.producer()) is not None and not value.uses() and not value.is_graph_output():
+        value = next(v for v in producer.inputs if v is not None)  # what `resolve` has followed
+        model.graph.remove(producer, safe=True)
 
 
 def _by_class(classes: Classes, start: Labels, numbers: Floats) -> Mapping[int, float]:
@@ -122,12 +142,18 @@ def _register(graph: ir.Graph, name: str, array: npt.NDArray[Any], dtype: ir.Dat
     return value
 
 
-def _read(value: ir.Value) -> Floats:
+def read(value: ir.Value) -> Floats:
+    """The numbers of an initializer."""
     assert value.const_value is not None
     return np.asarray(value.const_value.numpy(), np.float64)
 
 
-def _commit(changes: Mapping[ir.Value, Floats]) -> None:
+def commit(changes: Mapping[ir.Value, Floats]) -> None:
+    """Store new numbers in the element types of the old ones.
+
+    Raises:
+        PassRefused: one of them overflows; nothing is stored.
+    """
     tensors: dict[ir.Value, ir.TensorProtocol] = {}
     for value, array in changes.items():
         old = value.const_value
@@ -206,7 +232,7 @@ def _through_weight(node: ir.Node, d: Floats) -> Floats:
     assert weight is not None
     constant = resolve(weight)
     assert constant is not None
-    array = _read(constant.value)
+    array = read(constant.value)
     array = array.T if constant.transposed else array
     if node.op_type == "MatMul":
         return d @ array

@@ -60,6 +60,11 @@ _POINTWISE = (
 )  # fmt: skip
 _REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2")
 
+_POSITIVE = frozenset(
+    {"Relu", "LeakyRelu", "PRelu", "Abs", "Max", "Min", "Clip", "MaxPool", "GlobalMaxPool", "LpPool", "GlobalLpPool"}
+    | set(_REDUCTIONS[2:])
+)
+
 RULES: Mapping[str, Callable[[Region, ir.Node], None]] = {
     **dict.fromkeys(SAME | HOMOGENEOUS, unary),
     **dict.fromkeys(SUMS, sums),
@@ -144,16 +149,17 @@ class Fold:
         return apply.absmax(self.region.classes, self.start, [e for e in edits if e.is_weight])
 
     def scale(self, s: npt.ArrayLike) -> None:
-        """Divide channel c of the value by s[c] > 0; its consumers multiply.
+        """Divide channel c of the value by s[c]; its consumers multiply.
 
         Raises:
-            BadOption: s isn't positive and finite, breaks a tie, or scales what is fixed.
+            BadOption: s has a zero or infinity, breaks a tie, scales what is fixed, or is negative where a Relu
+                or another operation for which that matters is crossed.
             PassRefused: a weight would overflow its element type; nothing is changed.
         """
         self._require("scale")
         numbers = self._checked(s, 1.0)
-        if not (np.all(numbers > 0) and np.all(np.isfinite(numbers))):
-            raise BadOption("a scale must be positive and finite", self.value.name or "")
+        if not (np.all(np.isfinite(numbers)) and np.all(numbers > 0 if self.region.positive else numbers != 0)):
+            raise BadOption("a scale must be positive and finite here", self.value.name or "")
         apply.scale(self.model, self.region, self.start, numbers)
 
     def shift(self, d: npt.ArrayLike) -> None:
@@ -250,6 +256,7 @@ def _apply_rule(region: Region, node: ir.Node) -> None:
     if rule is None:
         region.pin_node(node, f"a {region.kind} cannot cross {label(node)}")
         return
+    region.positive |= node.op_type in _POSITIVE
     try:
         rule(region, node)
     except Unfit as reason:

@@ -81,12 +81,14 @@ class Region:
         kind: of transform.
         choices: for products of two values: which operand carries the transform.
         insert: operations may be added where no constant can absorb the transform (per-channel Clip).
+        positive: an operation was crossed that only positive scales may cross (Relu, MaxPool).
     """
 
     graph: ir.Graph
     kind: Kind
     choices: Mapping[ir.Node, int]
     insert: bool = False
+    positive: bool = False
     classes: Classes = field(default_factory=Classes)
     marks: dict[ir.Value, Mark] = field(default_factory=dict[ir.Value, Mark])
     edits: dict[tuple[ir.Node, int, str], Edit] = field(default_factory=dict[tuple[ir.Node, int, str], Edit])

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from scipy.stats import ortho_group
+
+from qcompiler.errors import BadOption, PassRefused, Refusal
+from qcompiler.graph.folds import Stream, find_stream, untie
+from qcompiler.measure.runner import Runner
+from tests.graph.architectures import ARCHITECTURES, LAYERS, WIDTH, Net, feeds_for
+
+PRE_NORM = ["llama", "llama-gqa", "llama-interleaved", "llama-fused", "qwen"]
+Q = ortho_group.rvs(WIDTH, random_state=0)
+
+
+def stream_of(model: ir.Model) -> Stream:
+    found = find_stream(model, next(n.outputs[0] for n in model.graph if n.op_type == "Gather"))
+    assert isinstance(found, Stream), found
+    return found
+
+
+def run(model: ir.Model) -> np.ndarray:
+    return next(iter(Runner(model)(feeds_for(model)).values()))
+
+
+@pytest.mark.parametrize("name", PRE_NORM)
+def test_rotation_is_exact_and_reaches_every_reader_and_writer(name: str) -> None:
+    model = ARCHITECTURES[name]()
+    before = run(model)
+    stream = stream_of(model)
+    assert len(stream.writers) == 1 + 2 * LAYERS  # embedding, o and down
+    assert len(stream.readers) == 5 * LAYERS + 1  # q, k, v, gate, up; head
+    assert len(stream.gains) == 2 * LAYERS + 1
+    with pytest.raises(PassRefused, match="fold_gains"):
+        stream.rotate(Q)
+    assert stream.fold_gains() == []
+    name_in = stream.values[0].name or ""
+    hidden = Runner(model, outputs=[name_in])(feeds_for(model))[name_in]
+    stream.rotate(Q)
+    turned = Runner(model, outputs=[name_in])(feeds_for(model))[name_in]
+    assert np.allclose(turned, hidden @ Q, atol=1e-5)
+    assert np.abs(run(model) - before).max() / np.abs(before).max() < 1e-5
+
+
+def test_a_tied_head_must_be_untied_for_its_gain_but_not_for_the_rotation() -> None:
+    model = ARCHITECTURES["gemma"]()
+    before = run(model)
+    assert "is tied" in stream_of(model).fold_gains()[0].reason
+    untie(model, model.graph[-1], 1)
+    assert not any(n.op_type == "Transpose" and n.inputs[0].is_initializer() for n in model.graph)
+    stream = stream_of(model)
+    assert stream.fold_gains() == []
+    stream.rotate(Q)
+    assert np.abs(run(model) - before).max() / np.abs(before).max() < 1e-5
+
+
+def test_a_tied_head_without_gain_turns_once() -> None:
+    net = Net()
+    ids = net.input("ids", ["batch", 5], ir.DataType.INT64)
+    table = net.random(40, WIDTH)
+    x = net.op("Gather", table, ids)
+    x = net.op("Add", x, net.linear(net.op("Relu", net.linear(x, WIDTH, 9)), 9, WIDTH))
+    model = net.model(net.op("MatMul", x, net.op("Transpose", table, perm=[1, 0])))
+    before = run(model)
+    stream_of(model).rotate(Q)
+    assert np.abs(run(model) - before).max() / np.abs(before).max() < 1e-5
+
+
+def test_refuses_what_is_no_rotation_and_what_sees_channels() -> None:
+    model = ARCHITECTURES["llama"]()
+    with pytest.raises(BadOption, match="not orthogonal"):
+        stream_of(model).rotate(np.ones((WIDTH, WIDTH)))
+    with pytest.raises(BadOption, match="16 channels"):
+        stream_of(model).rotate(np.eye(4))
+    gpt2 = ARCHITECTURES["gpt2"]()
+    found = find_stream(gpt2, gpt2.graph[0].outputs[0])
+    assert isinstance(found, Refusal)
+    assert "cannot cross LayerNormalization" in found.reason
