@@ -161,7 +161,7 @@ def test_weights_lie_packed_and_a_tied_weight_lies_once(tmp_path: Path) -> None:
     model = language_model()
     lower(model, first_plans(model, 3, activation="float"))
     compiled = CpuBackend().compile(model, tmp_path, Silent())
-    assert compiled.tolerance.relative < 1e-3
+    assert compiled.tolerance.relative <= 1e-3
     with np.load(tmp_path / "model.npz") as arrays:
         assert {str(arrays[name].dtype) for name in arrays} == {"uint8", "float16"}
         planes = sum(arrays[n].nbytes for n in arrays if "plane" in n)
