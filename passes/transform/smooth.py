@@ -59,7 +59,8 @@ class Smooth(Pass):
         folds, refused = find_folds(model, layer_inputs(model), after_norm if self.sites == "norms" else _any)
         reach = channel_reach(model, folds, self.percentile)
         ranges: dict[str, list[float]] = {}
-        for fold in progress.track(folds, "smoothing"):
+        # Later values first: what reads an earlier one is then as it stays, and a second run changes nothing.
+        for fold in progress.track(folds[::-1], "smoothing"):
             name = fold.value.name or ""
             s = self._scales(fold, reach[name])
             fold.scale(s)

@@ -133,8 +133,8 @@ def test_biases_gains_and_index_tables_are_no_sites() -> None:
 
 def test_module_paths_of_exporters_name_sites() -> None:
     net = Net()
-    y = net.linear(net.input("x", ["batch", 4]), 4, 4, bias=False)
-    y.producer().metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'layers.0', 'layers.0.fc', 'linear']"
-    z = net.linear(y, 4, 4, bias=False)
-    z.producer().metadata_props["pkg.torch.onnx.name_scopes"] = "__import__('os')"
+    z = net.linear(net.linear(net.input("x", ["batch", 4]), 4, 4, bias=False), 4, 4, bias=False)
+    key = "pkg.torch.onnx.name_scopes"
+    net.nodes[0].metadata_props[key] = "['', 'layers.0', 'layers.0.fc', 'linear']"
+    net.nodes[1].metadata_props[key] = "__import__('os')"
     assert [s.name for s in find_sites(net.model(z))] == ["layers.0.fc", "n1"]
