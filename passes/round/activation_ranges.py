@@ -11,11 +11,14 @@ from qcompiler.errors import PassRefused
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model, StaticRange
-from qcompiler.passes.round.histograms import Histogram, static_range
+from qcompiler.passes.round.histograms import Histogram
 from qcompiler.passes.round.quantized_values import Target, choose_values
+from qcompiler.passes.round.range_search import RangeSearch
 from qcompiler.passes.round.streams import calibration_feeds
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.progress import Progress
+
+_TOKENS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,19 @@ class ActivationRanges(Pass):
 
     Attributes:
         method: "minmax" covers all that calibration saw; "percentile" leaves out a share of the extremes; "mse"
-            minimises the squared error of the value itself.
+            minimises the squared error of the value itself; "search" that of the model's output, and should run
+            after the weights are rounded.
         percentile: for the method of that name: this share of the values stays inside.
         samples: of the calibration data, at most.
+        judges: samples on whose outputs a search is judged.
         outputs: whether outputs of the graph get a grid too (a quantized output costs accuracy, and float
             results of a last Gemm or MatMul cost no time).
     """
 
-    method: Literal["minmax", "percentile", "mse"] = "mse"
+    method: Literal["minmax", "percentile", "mse", "search"] = "search"
     percentile: float = 99.99
     samples: int = 64
+    judges: int = 24
     outputs: bool = False
 
     def requires(self, model: Model) -> None:
@@ -57,13 +63,17 @@ class ActivationRanges(Pass):
 
     def _ranges(self, model: Model, targets: list[Target], progress: Progress) -> dict[str, StaticRange]:
         grids: dict[str, StaticRange] = {}
-        for target, histogram in zip(targets, self._histograms(model, targets, progress), strict=True):
+        histograms = self._histograms(model, targets, progress)
+        if self.method == "search":
+            feeds = calibration_feeds(model, self.judges, _TOKENS)
+            return RangeSearch(model, targets, histograms, feeds).run(progress)
+        for target, histogram in zip(targets, histograms, strict=True):
             low, high = histogram.low, histogram.high
             if self.method == "percentile":
                 low, high = histogram.percentile(self.percentile)
             elif self.method == "mse":
                 low, high = histogram.least_error()
-            own = static_range(max(low, target.low), min(high, target.high), target.high)
+            own = target.grid(low, high)
             grids[str(target.value.name)] = own if target.like is None else grids[str(target.like.name)]
         return grids
 
@@ -71,7 +81,7 @@ class ActivationRanges(Pass):
         """Ends in a first pass over the data, counts in a second."""
         names = [str(target.value.name) for target in targets]
         runner = Runner(model.ir, outputs=names)
-        feeds = calibration_feeds(model, self.samples, 1 << 13)
+        feeds = calibration_feeds(model, self.samples, _TOKENS)
         ends = {name: [0.0, 0.0] for name in names}
         for feed in progress.track(feeds, "Ranges"):
             for name, x in runner(feed).items():

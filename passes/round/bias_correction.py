@@ -2,8 +2,8 @@
 
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, in its empirical
 form: E[W x - W~ x~] for each output channel, site by site, with all earlier sites quantized and corrected. Where a
-Relu or Clip follows, the mean in front of it may be off where nobody looks; so a shift is judged by the squared
-error behind it, and a channel that it would not help is left alone.
+Relu or Clip follows, the mean in front of it may be off where nobody looks; so a shift is judged by the error
+behind it, and a channel that it would not help is left alone.
 """
 
 from __future__ import annotations
@@ -160,10 +160,11 @@ def _by_channel(site: Site, y: Array) -> Floats:
 
 
 def _best_shift(exact: Floats, found: Floats, bounds: tuple[float, float]) -> Floats:
-    """Of no shift, the difference of the means, and that of the means behind the activation: the best a channel."""
+    """Of no shift, the mean difference and the median difference: the best for each channel.
+
+    Judged by the absolute error: a few clipped outliers would otherwise decide for all other positions.
+    """
     goal = np.clip(exact, *bounds)
-    reached = np.clip(found, *bounds)
-    open_share = np.maximum(((found > bounds[0]) & (found < bounds[1])).mean(0), 0.05)
-    choices = [np.zeros(exact.shape[1]), (exact - found).mean(0), (goal - reached).mean(0) / open_share]
-    errors = [np.square(np.clip(found + shift, *bounds) - goal).mean(0) for shift in choices]
+    choices = [np.zeros(exact.shape[1]), (exact - found).mean(0), np.median(exact - found, 0)]
+    errors = [np.abs(np.clip(found + shift, *bounds) - goal).mean(0) for shift in choices]
     return np.choose(np.argmin(errors, 0), choices).astype(np.float32)

@@ -44,11 +44,13 @@ class Histogram:
 
     def percentile(self, percent: float) -> tuple[float, float]:
         """Ends that leave out (100 - percent) / 2 percent on either side."""
-        share = np.cumsum(self.counts) / max(self.counts.sum(), 1)
+        below = np.cumsum(self.counts) / max(self.counts.sum(), 1)
         tail = (100 - percent) / 200
-        low = self.centers[min(int(np.searchsorted(share, tail)), _BINS - 1)]
-        high = self.centers[min(int(np.searchsorted(share, 1 - tail)), _BINS - 1)]
-        return (max(low, self.low) if self.low < 0 else self.low), high
+        edges = np.linspace(self.low, self.high, _BINS + 1)
+        first = int(np.searchsorted(below, tail, side="right"))  # bins that hold less than the tail are left out
+        last = int(np.searchsorted(below, 1 - tail))
+        low, high = float(edges[min(first, _BINS - 1)]), float(edges[min(last, _BINS - 1) + 1])
+        return low if self.low < 0 and percent < 100 else self.low, high if percent < 100 else self.high
 
     def least_error(self) -> tuple[float, float]:
         """Ends of least expected squared error: rounding (step^2 / 12 each) inside, clipping outside."""

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.model import StaticRange
+from qcompiler.passes.round.histograms import static_range
+
 _MOVES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})  # keep grid and codes
 _COMPUTES = frozenset({"Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid"})
 
@@ -32,6 +35,10 @@ class Target:
     low: float = -np.inf
     high: float = np.inf
     like: ir.Value | None = None
+
+    def grid(self, low: float, high: float) -> StaticRange:
+        """The grid for these ends, cut at the bounds."""
+        return static_range(max(low, self.low), min(high, self.high), self.high)
 
 
 def choose_values(graph: ir.Graph, products: Collection[ir.Node], outputs: bool) -> list[Target]:
@@ -55,8 +62,9 @@ def choose_values(graph: ir.Graph, products: Collection[ir.Node], outputs: bool)
             assert source is not None
             if source not in found:
                 add(_behind(source))
-            if node.op_type == "Conv":
-                add(_absorbed(node.outputs[0]))
+            result = _absorbed(node.outputs[0])
+            if node.op_type == "Conv" or result.value.is_graph_output():
+                add(result)
         elif node.domain == "" and node.op_type in _COMPUTES | _MOVES:
             _follow(node, found, add)
     return list(found.values())

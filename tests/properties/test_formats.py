@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qcompiler.formats import Int, PerChannel, PerGroup, PerTensor, QuantSpec, UInt, parse_spec, spread
-from qcompiler.formats.fit import encode, quantize
+from qcompiler.formats.fit import Method, encode, quantize
 from qcompiler.formats.packing import pack, packed_bits, unpack
 
 BITS = st.integers(2, 8)
@@ -37,7 +37,7 @@ def test_spec_survives_its_name(spec: QuantSpec) -> None:
 
 @given(SPECS, MATRICES, st.sampled_from(["minmax", "mse"]))
 @settings(deadline=None)
-def test_codes_of_decoded_weights_are_the_same_codes(spec: QuantSpec, w: np.ndarray, method: str) -> None:
+def test_codes_of_decoded_weights_are_the_same_codes(spec: QuantSpec, w: np.ndarray, method: Method) -> None:
     q = quantize(w, spec, method)
     again = encode(q.decode(), spec, q.scale, q.zero)
     np.testing.assert_array_equal(again.codes, q.codes)
@@ -60,7 +60,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(spec: QuantSpec, w: np.nd
 @given(SPECS, MATRICES)
 @settings(deadline=None)
 def test_search_is_never_worse_than_minmax(spec: QuantSpec, w: np.ndarray) -> None:
-    def error(method: str) -> float:
+    def error(method: Method) -> float:
         return float(((quantize(w, spec, method).decode() - w).astype(np.float64) ** 2).sum())
 
     assert error("mse") <= error("minmax") * (1 + 1e-5) + 1e-12

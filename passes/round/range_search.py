@@ -1,0 +1,136 @@
+"""Choose activation ranges by what they do to the model's output.
+
+No measure of a single value tells how far its outliers may be clipped: in one model they carry the answer, in
+the next they are noise. First one percentile is chosen for all values together, then the ends of each value are
+moved in turn; only what lowers the error of the output on calibration data is kept. The graph is run from the
+segment of the change on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.graph.sites import find_sites
+from qcompiler.measure.segments import Boundary, Segment, Segments
+from qcompiler.model import Model, StaticRange
+from qcompiler.passes.lower.insert_qdq import InsertQDQ
+from qcompiler.passes.round.histograms import Histogram
+from qcompiler.passes.round.quantized_values import Target
+from qcompiler.plan import Plan
+from qcompiler.progress import Progress, Silent
+
+Array = npt.NDArray[Any]
+Ends = dict[str, tuple[float, float]]
+_PERCENTILES = (100.0, 99.99, 99.97, 99.95, 99.9, 99.8)
+_MOVES = (0.85, 1.18)
+_GAIN = 0.998  # smaller gains on the few samples are chance
+
+
+class RangeSearch:
+    """The search for one model.
+
+    Args:
+        model: float, with the codes of its weights if there are any already.
+        targets: the values that get a grid.
+        histograms: one a target.
+        feeds: calibration batches of one sample; these are the judges.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        targets: Sequence[Target],
+        histograms: Sequence[Histogram],
+        feeds: Sequence[dict[str, Array]],
+    ) -> None:
+        self._targets = {str(t.value.name): t for t in targets}
+        self._histograms = dict(zip(self._targets, histograms, strict=True))
+        exact = Segments(model.ir)
+        self._movable = frozenset[str]()
+        self._exact = [exact.run(exact.start(feed)) for feed in feeds]
+        simulated = model.clone()
+        simulated.plan, simulated.weights, simulated.bias_shift = Plan(), {}, {}
+        simulated.ranges = self.grids(self._at(100.0))
+        InsertQDQ().run(simulated, Silent())
+        sites = find_sites(simulated.ir)
+        self._segments = Segments(simulated.ir, sites)
+        self._weights = {
+            str(site.weight.name): site.from_matrix(model.weights[site.name].decode())
+            for site in sites
+            if site.name in model.weights
+        }
+        self._starts = [self._segments.start(feed) for feed in feeds]
+        self._movable = frozenset[str]().union(*(segment.weights for segment in self._segments))
+
+    def run(self, progress: Progress) -> dict[str, StaticRange]:
+        """The grids found."""
+        tried = [self._at(percent) for percent in _PERCENTILES]
+        losses = [self._loss(self._starts, 0, ends) for ends in progress.track(tried, "Ranges together")]
+        ends, loss = tried[int(np.argmin(losses))], min(losses)
+        boundaries = list(self._starts)
+        for segment in progress.track(list(self._segments), "Ranges one by one"):
+            for name in self._decided_in(segment):
+                ends, loss = self._improve(name, segment, boundaries, ends, loss)
+            changes = self._changes(ends)
+            boundaries = [segment.run(boundary, changes) for boundary in boundaries]
+            segment.drop()
+        return self.grids(ends)
+
+    def grids(self, ends: Ends) -> dict[str, StaticRange]:
+        """The grids of given ends."""
+        found: dict[str, StaticRange] = {}
+        for name, target in self._targets.items():
+            found[name] = found[str(target.like.name)] if target.like is not None else target.grid(*ends[name])
+        return found
+
+    def _at(self, percent: float) -> Ends:
+        found: Ends = {}
+        for name, histogram in self._histograms.items():
+            # What is quantized before the first segment (inputs) keeps all it has.
+            movable = percent < 100 and f"{name}_scale" in self._movable
+            found[name] = histogram.percentile(percent) if movable else (histogram.low, histogram.high)
+        return found
+
+    def _decided_in(self, segment: Segment) -> list[str]:
+        """The values with a grid of their own that is first used in this segment."""
+        before = frozenset[str]().union(*(s.weights for s in self._segments if s.index < segment.index))
+        fresh = segment.weights - before
+        return [name for name, target in self._targets.items() if target.like is None and f"{name}_scale" in fresh]
+
+    def _improve(
+        self, name: str, segment: Segment, boundaries: Sequence[Boundary], ends: Ends, loss: float
+    ) -> tuple[Ends, float]:
+        for factor in _MOVES:
+            while True:  # go on in a direction that helps
+                histogram, (low, high) = self._histograms[name], ends[name]
+                moved = max(low * factor, histogram.low), min(high * factor, histogram.high)
+                if moved == ends[name]:
+                    break
+                changed = {**ends, name: moved}
+                found = self._loss(boundaries, segment.index, changed)
+                if found >= loss * _GAIN:
+                    break
+                ends, loss = changed, found
+        return ends, loss
+
+    def _changes(self, ends: Ends) -> dict[str, Array]:
+        """All weights and grids, under the names of their initializers."""
+        changes: dict[str, Array] = dict(self._weights)
+        for name, grid in self.grids(ends).items():
+            changes[f"{name}_scale"] = np.array(grid.scale, np.float32)
+            changes[f"{name}_zero"] = np.array(grid.zero, np.uint8)
+        return changes
+
+    def _loss(self, boundaries: Sequence[Mapping[str, Array]], start: int, ends: Ends) -> float:
+        """Squared error of the outputs relative to their power, averaged over the samples."""
+        changes, total = self._changes(ends), 0.0
+        for boundary, exact in zip(boundaries, self._exact, strict=True):
+            outputs = self._segments.run(boundary, start, changes)
+            for name, y in exact.items():
+                if np.issubdtype(y.dtype, np.floating):
+                    total += float(np.square(outputs[name] - y).sum() / max(float(np.square(y).sum()), 1e-30))
+        return total / len(self._exact)
