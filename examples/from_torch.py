@@ -1,6 +1,6 @@
 """A torch module in, an artifact out.
 
-    python examples/from_torch.py
+python examples/from_torch.py
 """
 
 from __future__ import annotations

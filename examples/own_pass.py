@@ -41,7 +41,9 @@ class ProtectEnds(Pass):
 def main(model: str, calibration: str) -> None:
     for name, extra in (("allocator alone", []), ("with protected ends", [ProtectEnds()])):
         pipeline = Pipeline([Allocate(budget=("4bits",), target="onnx"), *extra, Nearest(), InsertQDQ()])
-        result = qc.compile(model, target="onnx", pipeline=pipeline, calibration=calibration, output=f"{name.split()[0]}.qc")
+        result = qc.compile(
+            model, target="onnx", pipeline=pipeline, calibration=calibration, output=f"{name.split()[0]}.qc"
+        )
         print(f"{name:20s} {result.bits_per_weight:.3f} bits, {result.fidelity['sqnr_db']:.2f} dB")
 
 

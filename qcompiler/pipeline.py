@@ -152,5 +152,7 @@ def _check_type(name: str, key: str, value: Any, default: Any, where: str) -> No
     kinds: Iterable[type] = (type(default), int) if isinstance(default, float) else (type(default),)
     if default is not None and type(value) not in kinds:
         raise BadOption(
-            f"option '{key}' of pass '{name}' is {value!r}", where, f"give a {type(default).__name__}, such as {default!r}"
+            f"option '{key}' of pass '{name}' is {value!r}",
+            where,
+            f"give a {type(default).__name__}, such as {default!r}",
         )

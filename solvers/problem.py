@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 Choice = npt.NDArray[np.intp]
 
 
-class InfeasibleProblem(ValueError):  # noqa: N818
+class InfeasibleProblem(ValueError):
     """It is proven that no choice meets the budgets.
 
     Attributes:
@@ -34,7 +34,7 @@ class InfeasibleProblem(ValueError):  # noqa: N818
         super().__init__(f"no choice meets the budgets ({facts})")
 
 
-class NoChoiceFound(RuntimeError):  # noqa: N818
+class NoChoiceFound(RuntimeError):
     """A heuristic found no feasible choice, and none is proven absent."""
 
 

@@ -35,8 +35,7 @@ def check(model: onnx.ModelProto, feeds: dict[str, np.ndarray], tolerance: float
     expected = ort.InferenceSession(model.SerializeToString()).run(None, feeds)
     found = fx_twin(ir.from_proto(model))(*[torch.from_numpy(v) for v in feeds.values()])
     assert len(expected) == len(found)
-    for a, b in zip(expected, found, strict=True):
-        b = b.detach().numpy()
+    for a, b in zip(map(np.asarray, expected), (t.detach().numpy() for t in found), strict=True):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
         np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance)
@@ -56,7 +55,10 @@ def test_convolution_net() -> None:
         helper.make_node("AveragePool", ["e"], ["p"], kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2]),
         helper.make_node("MaxPool", ["e"], ["m"], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1),
         helper.make_node("ConvTranspose", ["p", "w3"], ["t"], strides=[2, 2], pads=[1, 0, 0, 1], output_padding=[1, 0]),
-        helper.make_node("Resize", ["m", "", "scales"], ["r"], mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric"),
+        helper.make_node(
+            "Resize", ["m", "", "scales"], ["r"], mode="nearest", nearest_mode="floor",
+            coordinate_transformation_mode="asymmetric",
+        ),
         helper.make_node("GlobalAveragePool", ["t"], ["g"]),
     ]  # fmt: skip
     constants = {"w1": f32(rng, 8, 3, 3, 3), "b1": f32(rng, 8), "lo": np.float32(0), "hi": np.float32(6),
@@ -100,7 +102,8 @@ def test_shapes_and_indices() -> None:
         helper.make_node("TopK", ["flat", "two"], ["top", "where"], axis=-1),
         helper.make_node("Unsqueeze", ["mean", "axes"], ["wide"]),
     ]
-    constants = {"minus": np.array([-1]), "start": np.array([-1]), "end": np.array([-100]), "axis": np.array([2]), "step": np.array([-2]),
+    constants = {"minus": np.array([-1]), "start": np.array([-1]), "end": np.array([-100]),
+                 "axis": np.array([2]), "step": np.array([-2]),
                  "picks": np.array([[0, -1]]), "axes": np.array([1]), "two": np.array([2])}  # fmt: skip
     model = build(nodes, {"x": (TensorProto.FLOAT, ["b", 3, 4, 2])}, constants, ["picked", "wide", "top", "where"])
     check(model, {"x": f32(rng, 2, 3, 4, 2)})
@@ -116,7 +119,9 @@ def test_gradients_are_right() -> None:
     twin, x = fx_twin(ir.from_proto(model)), f32(rng, 5, 4)
     twin(torch.from_numpy(x))[0].sum().backward()
     expected = x.T @ (1 - np.tanh(x @ weight) ** 2)
-    np.testing.assert_allclose(dict(twin.named_parameters())["w"].grad.numpy(), expected, rtol=1e-4, atol=1e-5)
+    gradient = dict(twin.named_parameters())["w"].grad
+    assert gradient is not None
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_operator_is_named() -> None:

@@ -19,7 +19,7 @@ Dim = int | str | None  # known, symbolic or unknown
 Dims = tuple[Dim, ...]
 
 
-class Unfit(Exception):  # noqa: N818
+class Unfit(Exception):
     """Labels that cannot follow an operation; the message is the reason."""
 
 

@@ -64,7 +64,7 @@ class Edit:
         return _is_weight(self.constant.value)
 
 
-class Undecided(Exception):  # noqa: N818
+class Undecided(Exception):
     """A product of two values could pass the transform to either; the caller must choose."""
 
     def __init__(self, node: ir.Node) -> None:

@@ -1,0 +1,121 @@
+"""How far two valid executions of one quantized network may be apart, measured on its QDQ reference.
+
+Where activations are rounded, a last-bit difference before a rounding now and then gives another code, the next
+layer's codes differ more, and after enough layers the rounding errors are nearly independent. How much of that
+reaches the outputs depends on the model and on the input, so no fixed tolerance is right: 0.2 would hide a wrong
+layer of a shallow network, 0.01 would refuse a right deep one. Here the reference itself is run again with every
+number that is about to be rounded moved by as little as the target's arithmetic may move it; the artifact may be
+only a few times as far from the reference as those runs are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from qcompiler.artifact.verify import Comparison, compare
+from qcompiler.graph.functions import DOMAIN, QUANTIZE_ROWS
+from qcompiler.measure.runner import Runner
+from qcompiler.target import Feeds, Outputs
+
+ROUNDINGS, SEED = "qcompiler.noise", "qcompiler.noise_seed"  # names of the inputs that `noisy` adds
+DRAWS = 3
+_JITTER = "Jitter"
+# x + noise * reach * u, u in [-1, 1) a hash of x: a fraction of x in steps far below any code, which costs a few
+# cheap operations where a random generator would take longer than the network.
+_BODY = """
+  tiny = Constant <value_float: float = 1e-30> ()
+  most = Max (reach, tiny)
+  fine = Constant <value_float: float = 200003.0> ()
+  factor = Div (fine, most)
+  scaled = Mul (x, factor)
+  moved = Add (scaled, seed)
+  below = Floor (moved)
+  fraction = Sub (moved, below)
+  half = Constant <value_float: float = 0.5> ()
+  centred = Sub (fraction, half)
+  two = Constant <value_float: float = 2.0> ()
+  size = Mul (noise, two)
+  amount = Mul (size, reach)
+  shift = Mul (centred, amount)
+  y = Add (x, shift)
+"""
+
+
+def noisy(model: ir.Model) -> ir.Model:
+    """A copy of a lowered model with two more inputs, float32 scalars: how large the noise is, and its seed.
+
+    The noise is uniform in plus or minus that part of the reach of each rounding: of the range that a
+    QuantizeLinear can hold, of the largest magnitude of a row for QuantizeRows. At 0 the copy is the model.
+    """
+    copy = model.clone()
+    graph = copy.graph
+    scalars = [ir.val(name, ir.DataType.FLOAT, ir.Shape([])) for name in (ROUNDINGS, SEED)]
+    for number, node in enumerate([n for n in graph if _rounds(n)]):
+        x = node.inputs[0]
+        assert x is not None
+        reach = _range(graph, node, number) if node.op_type == "QuantizeLinear" else _largest(graph, node)
+        made = ir.node(_JITTER, [x, reach, *scalars], domain=DOMAIN, name=f"jitter_{number}")
+        graph.insert_before(node, made)
+        node.replace_input_with(0, made.outputs[0])
+    graph.inputs.extend(scalars)
+    opset = graph.opset_imports.get("", 21)
+    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{_JITTER} (x, reach, noise, seed) => (y) {{{_BODY}}}'
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    copy.functions[function.identifier()] = function
+    graph.opset_imports.setdefault(DOMAIN, 1)
+    return copy
+
+
+def _rounds(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) in (("", "QuantizeLinear"), (DOMAIN, QUANTIZE_ROWS))
+
+
+def _range(graph: ir.Graph, node: ir.Node, number: int) -> ir.Value:
+    """255 steps, the range of an 8-bit code."""
+    steps = ir.val(f"{_JITTER}_steps_{number}", const_value=ir.tensor(np.float32(255)))
+    graph.register_initializer(steps)
+    made = ir.node("Mul", [node.inputs[1], steps])
+    graph.insert_before(node, made)
+    return made.outputs[0]
+
+
+def _largest(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """max|x| over the last axis."""
+    axis = ir.node("Constant", [], {"value_ints": [-1]})
+    magnitude = ir.node("Abs", [node.inputs[0]])
+    made = ir.node("ReduceMax", [magnitude.outputs[0], axis.outputs[0]], {"keepdims": 1})
+    graph.insert_before(node, [axis, magnitude, made])
+    return made.outputs[0]
+
+
+class Reference:
+    """The QDQ reference, run as it is and with noise; one session serves both.
+
+    Args:
+        model: lowered.
+        noise: what a target's arithmetic may do to a number before it is rounded, relative to the rounding's reach
+            (`Tolerance.noise`); 0 if nothing is rounded.
+    """
+
+    def __init__(self, model: ir.Model, noise: float) -> None:
+        self._noise = noise if any(_rounds(node) for node in model.graph) else 0.0
+        self._runner = Runner(noisy(model) if self._noise else model)
+
+    def __call__(self, feeds: Feeds) -> Outputs:
+        """All outputs of the reference as it is."""
+        return self._run(feeds, 0.0, 0)
+
+    def spread(self, feeds: Feeds, outputs: Outputs) -> Comparison:
+        """The largest distance of `DRAWS` noisy runs from `outputs`, those of the run without noise."""
+        if not self._noise:
+            return Comparison(0.0, "")
+        runs = [compare(self._run(feeds, self._noise, draw), outputs) for draw in range(DRAWS)]
+        return max(runs, key=lambda found: found.relative)
+
+    def _run(self, feeds: Feeds, noise: float, draw: int) -> Outputs:
+        if not self._noise:
+            return self._runner(feeds)
+        seed = np.float32((draw + 1) * 0.381966)  # shifts the hash; multiples of the golden section spread evenly
+        return self._runner({**feeds, ROUNDINGS: np.float32(noise), SEED: seed})
