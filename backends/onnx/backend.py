@@ -14,6 +14,7 @@ from qcompiler.backends.onnx.session import OrtRunnable, optimized_operations, s
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.formats import Granularity, Int, PerChannel, PerGroup, QuantSpec, UInt
 from qcompiler.graph.sites import Site
+from qcompiler.graph.storage import embed
 from qcompiler.model import Model
 from qcompiler.plan import ActivationMode, SitePlan
 from qcompiler.progress import Progress
@@ -109,7 +110,7 @@ def save(model: ir.Model, folder: Path) -> list[str]:
     held = (v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = DATA if sum(held) >= _LARGE else None
     if external is None:
-        ir.external_data.load_to_model(model)  # what stays float may still lie in the file that was captured
+        embed(model)  # what stays float may still lie in the file that was captured
     ir.save(model, folder / FILE, external_data=external)
     return [FILE] if external is None else [FILE, DATA]
 

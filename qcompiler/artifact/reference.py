@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.traversal import RecursiveGraphIterator
 
 from qcompiler.artifact.manifest import REFERENCE
+from qcompiler.graph.storage import embed
 
 _ONE_FILE = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 
@@ -26,5 +27,5 @@ def save_reference(model: ir.Model, folder: Path) -> Path:
     if size > _ONE_FILE:
         ir.save(model, path, external_data=f"{REFERENCE}.data")
     else:
-        ir.save(ir.external_data.load_to_model(model.clone()), path)
+        ir.save(embed(model.clone()), path)
     return path
