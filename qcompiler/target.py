@@ -20,13 +20,19 @@ Outputs = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an artifact may be from its QDQ reference: ||y - ref|| <= relative * ||ref|| for every output.
+    """How far an artifact may be from its QDQ reference: ||y - ref|| <= allowed * ||ref|| for every output.
 
-    `reason` says why it is not zero ("dynamic int8 activations in MatMulNBits", "fp32 summation order").
+    Attributes:
+        relative: allowed where no activation is rounded at run time, and the least that is allowed elsewhere.
+        reason: why it is not zero ("dynamic int8 activations in MatMulNBits", "fp32 summation order").
+        noise: by how much the target's arithmetic may move a number that is about to be rounded, relative to the
+            reach of that rounding. What it does to the outputs is measured on the reference (artifact/spread.py),
+            and a few times that is allowed.
     """
 
     relative: float
     reason: str
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)

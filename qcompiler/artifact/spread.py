@@ -10,16 +10,18 @@ only a few times as far from the reference as those runs are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qcompiler.artifact.verify import Comparison, compare
+from qcompiler.artifact.verify import distances
 from qcompiler.graph.functions import DOMAIN, QUANTIZE_ROWS
 from qcompiler.measure.runner import Runner
 from qcompiler.target import Feeds, Outputs
 
-ROUNDINGS, SEED = "qcompiler.noise", "qcompiler.noise_seed"  # names of the inputs that `noisy` adds
+NOISE, SEED = "qcompiler.noise", "qcompiler.noise_seed"  # names of the inputs that `noisy` adds
 DRAWS = 3
 _JITTER = "Jitter"
 # x + noise * reach * u, u in [-1, 1) a hash of x: a fraction of x in steps far below any code, which costs a few
@@ -51,7 +53,7 @@ def noisy(model: ir.Model) -> ir.Model:
     """
     copy = model.clone()
     graph = copy.graph
-    scalars = [ir.val(name, ir.DataType.FLOAT, ir.Shape([])) for name in (ROUNDINGS, SEED)]
+    scalars = [ir.val(name, ir.DataType.FLOAT, ir.Shape([])) for name in (NOISE, SEED)]
     for number, node in enumerate([n for n in graph if _rounds(n)]):
         x = node.inputs[0]
         assert x is not None
@@ -95,8 +97,7 @@ class Reference:
 
     Args:
         model: lowered.
-        noise: what a target's arithmetic may do to a number before it is rounded, relative to the rounding's reach
-            (`Tolerance.noise`); 0 if nothing is rounded.
+        noise: `Tolerance.noise`; the spread is zero without it, and where nothing is rounded.
     """
 
     def __init__(self, model: ir.Model, noise: float) -> None:
@@ -107,15 +108,22 @@ class Reference:
         """All outputs of the reference as it is."""
         return self._run(feeds, 0.0, 0)
 
-    def spread(self, feeds: Feeds, outputs: Outputs) -> Comparison:
-        """The largest distance of `DRAWS` noisy runs from `outputs`, those of the run without noise."""
-        if not self._noise:
-            return Comparison(0.0, "")
-        runs = [compare(self._run(feeds, self._noise, draw), outputs) for draw in range(DRAWS)]
-        return max(runs, key=lambda found: found.relative)
+    def spread(self, feeds: Feeds, outputs: Outputs, draws: Iterable[int] = range(DRAWS)) -> dict[str, float]:
+        """For every output, the largest distance of noisy runs from `outputs`, those of the run without noise.
+
+        Args:
+            feeds: a batch of inputs.
+            outputs: of the reference on them.
+            draws: numbers that choose the noise; each costs a run.
+        """
+        widest = dict.fromkeys(outputs, 0.0)
+        for draw in draws if self._noise else ():
+            found = distances(self._run(feeds, self._noise, draw), outputs)
+            widest = {name: max(widest[name], found[name]) for name in widest}
+        return widest
 
     def _run(self, feeds: Feeds, noise: float, draw: int) -> Outputs:
         if not self._noise:
             return self._runner(feeds)
-        seed = np.float32((draw + 1) * 0.381966)  # shifts the hash; multiples of the golden section spread evenly
-        return self._runner({**feeds, ROUNDINGS: np.float32(noise), SEED: seed})
+        seed = (draw + 1) * 0.381966  # shifts the hash; multiples of the golden section spread evenly
+        return self._runner({**feeds, NOISE: np.asarray(noise, np.float32), SEED: np.asarray(seed, np.float32)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import onnx_ir as ir
 
 from qcompiler import registry
 from qcompiler.artifact import REPORT, new_folder, save_reference, write_manifest
+from qcompiler.artifact.agreement import RULE
 from qcompiler.artifact.manifest import sha256
 from qcompiler.budget import bits_per_weight, stored_bytes
 from qcompiler.build.judge import Judgement, judge
@@ -124,7 +126,7 @@ def _result(lowering: Lowering, compiled: Compiled, judgement: Judgement) -> dic
         "lower_bound": solution.get("lower_bound"),
         "gap": solution.get("gap"),
         "fidelity": judgement.fidelity,
-        "tolerance": {"relative": compiled.tolerance.relative, "reason": compiled.tolerance.reason},
+        "tolerance": {**asdict(compiled.tolerance), "rule": RULE},
         "verification": judgement.verification,
         "facts": dict(compiled.facts),
         "passes": [_pass(report) for report in lowering.reports],

@@ -8,8 +8,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompiler.artifact import REFERENCE, FreshProcess, compare
-from qcompiler.artifact.verify import check
+from qcompiler.artifact import REFERENCE, FreshProcess
+from qcompiler.artifact.agreement import Agreement
+from qcompiler.artifact.spread import Reference
 from qcompiler.build.samples import FEW, Samples
 from qcompiler.build.score import Score, rows
 from qcompiler.measure.runner import Runner
@@ -26,7 +27,7 @@ class Judgement:
     """What was found.
 
     Attributes:
-        verification: one entry a kind of inputs: inputs, samples, relative, output.
+        verification: one entry a kind of inputs, as `Agreement.conclude` makes it.
         fidelity: sqnr_db, kl, top1_agreement against the original on held-back samples; None where undefined.
         loss: the loss that allocation predicts, of the artifact, on held-back samples.
         held_back: samples that fidelity was taken on.
@@ -47,22 +48,20 @@ def judge(
         VerificationFailed: it does not run, or differs from its reference by more than the tolerance.
     """
     progress.note("verifying in a fresh process")
-    truth, reference = Runner(original.ir), Runner(ir.load(folder / REFERENCE))
+    truth, reference = Runner(original.ir), Reference(ir.load(folder / REFERENCE), tolerance.noise)
     kinds = _inputs(samples, truth)
     results = FreshProcess(target, folder).run([feed for part in kinds.values() for feed in part])
     verification: list[dict[str, Any]] = []
     score = Score()
     for kind, part in kinds.items():
-        entry: dict[str, Any] = {"inputs": kind, "samples": rows(part), "relative": 0.0, "output": ""}
+        agreement = Agreement(kind, reference, tolerance, FEW)
         for feed in part:
             outputs = next(results)
-            comparison = compare(outputs, reference(feed))
-            check(comparison, tolerance, f"on {kind} inputs")
-            if comparison.relative >= entry["relative"]:
-                entry |= {"relative": comparison.relative, "output": comparison.output}
-            if kind == HELD_BACK:
-                score.add(feed, truth(feed), outputs)
-        verification.append(entry)
+            wanted = truth(feed) if agreement.probing or kind == HELD_BACK else None
+            agreement.add(feed, outputs, wanted, rows([feed]))
+            if kind == HELD_BACK and wanted is not None:
+                score.add(feed, wanted, outputs)
+        verification.append(agreement.conclude())
     return Judgement(verification, score.fidelity, score.loss, score.samples)
 
 

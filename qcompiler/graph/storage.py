@@ -29,5 +29,5 @@ def embed(model: ir.Model) -> ir.Model:
     return model
 
 
-def _held(tensor: ir.ExternalTensor) -> ir.Tensor:
+def _held(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy(), tensor.dtype, shape=tensor.shape, name=tensor.name, doc_string=tensor.doc_string)

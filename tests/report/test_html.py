@@ -42,8 +42,11 @@ def data(name: str = "net") -> dict[str, Any]:
         "passes": [
             {"name": "p", "changed": 1, "seconds": 0.1, "metrics": {}, "refused": [{"where": "n", "reason": "because"}]}
         ],
-        "tolerance": {"relative": 1e-3, "reason": "float sums"},
-        "verification": [{"inputs": "calibration", "samples": 8, "relative": 1e-6, "output": "y"}],
+        "tolerance": {"relative": 1e-3, "reason": "float sums", "noise": 4e-6},
+        "verification": [
+            {"inputs": "calibration", "samples": 8, "relative": 1e-6, "output": "y"}
+            | {"spread": 3e-3, "allowed": 9e-3, "quantization": 0.05}
+        ],
         "pipeline": "[[pass]]",
     }  # fmt: skip
 

@@ -13,6 +13,8 @@ import onnx_ir as ir
 import pytest
 from onnx import parser
 
+from qcompiler.artifact.agreement import Agreement
+from qcompiler.artifact.spread import Reference
 from qcompiler.backends.onnx import backend, probe
 from qcompiler.backends.onnx.backend import OnnxBackend, fastest_form
 from qcompiler.backends.onnx.fast_form import fast_form
@@ -75,7 +77,11 @@ def compile_and_compare(
     assert list(got) == list(want)
     assert compiled.facts["unfused"] == {}, compiled.facts["operations"]
     error = max(float(np.linalg.norm(got[k] - want[k]) / np.linalg.norm(want[k])) for k in want)
-    assert error <= compiled.tolerance.relative
+    agreement = Agreement(
+        "test", Reference(ir.load(folder / "model.onnx"), compiled.tolerance.noise), compiled.tolerance, 1
+    )
+    agreement.add(data, got, None, 5)
+    agreement.conclude()
     assert (folder / "model.ort.onnx").stat().st_size < 1.15 * (folder / "model.onnx").stat().st_size + 3000
     return compiled, error
 
