@@ -18,6 +18,7 @@ import onnx_ir as ir
 from qcompiler.calibration import Calibration
 from qcompiler.errors import ContractViolated
 from qcompiler.measure.runner import Runner
+from qcompiler.measure.segments import Segments
 from qcompiler.model import Model
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ _NOISE = 16.0  # times what one last bit in every weight does
 _LOOSEST = 1e-2
 _SAMPLES = 2
 _KEPT_BYTES = 256 << 20
+_MOST_ELEMENTS = 1 << 23  # of an output that is compared; every row depends on (nearly) every weight
+_CHUNK = 1 << 20  # elements
 _OUTLIERS = 100.0
 
 
@@ -40,11 +43,12 @@ def checked(pass_: Pass, model: Model, run: Callable[[], PassReport]) -> PassRep
         ContractViolated: names the pass, the output, and the first value after which nothing agrees any more
             (models of more than 256 MB are not kept for that: there it names the output only).
     """
-    quiet = _samples(model)
+    large = _weight_bytes(model.ir) > _KEPT_BYTES
+    quiet = _samples(model, 1 if large else _SAMPLES)
     points = _look_ups(model.ir)
     loud = {k: _louder(v) if v.dtype.kind == "f" else v for k, v in quiet.items()}
     before = _Record.of(model.ir, quiet, points), _Record.of(_with_outliers(model.ir, points), loud, ())
-    kept = model.ir.clone() if _weight_bytes(model.ir) <= _KEPT_BYTES else None
+    kept = None if large else model.ir.clone()
     report = run()
     name = type(pass_).registered_name()
     after = _Record.of(model.ir, quiet, points)
@@ -58,7 +62,7 @@ def checked(pass_: Pass, model: Model, run: Callable[[], PassReport]) -> PassRep
 
 @dataclass(frozen=True)
 class _Record:
-    """What a graph computed: its outputs, and some values inside."""
+    """What a graph computed: its outputs, and some values inside; of very large arrays some rows."""
 
     feeds: Feeds
     outputs: Mapping[str, Array]
@@ -69,7 +73,13 @@ class _Record:
         names = [v.name or "" for v in model.graph.outputs]
         there = {v.name for node in model.graph for v in node.outputs}
         found = Runner(model, outputs=[*names, *(p for p in points if p in there)])(feeds)
-        return _Record(feeds, {n: found[n] for n in names}, {p: found[p] for p in points if p in found})
+        return _Record(feeds, {n: _thin(found[n]) for n in names}, {p: found[p] for p in points if p in found})
+
+
+def _thin(array: Array) -> Array:
+    """Some rows of an array that is too large to keep several of it (logits of a language model)."""
+    step = -(-array.size // _MOST_ELEMENTS)
+    return array if step <= 1 or array.ndim < 2 else array.reshape(-1, array.shape[-1])[::step].copy()
 
 
 def _weight_bytes(model: ir.Model) -> int:
@@ -77,9 +87,9 @@ def _weight_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _samples(model: Model) -> Feeds:
-    data = model.calibration or Calibration.synthetic_for(model.ir, _SAMPLES, text=False)
-    return next(iter(data.batches(_SAMPLES, _SAMPLES)))
+def _samples(model: Model, count: int) -> Feeds:
+    data = model.calibration or Calibration.synthetic_for(model.ir, count, text=False)
+    return next(iter(data.batches(count, count)))
 
 
 def _louder(array: Array) -> Array:
@@ -140,7 +150,7 @@ def _compare(name: str, old: _Record, new: _Record, after: ir.Model, kept: ir.Mo
     found = {key: _difference(array, new.outputs[key]) for key, array in old.outputs.items()}
     if max(found.values(), default=0.0) <= BOUND:
         return
-    jittered = _Record.of(_jittered(after), new.feeds, ()).outputs
+    jittered = {key: _thin(array) for key, array in _jittered(after, new.feeds).items()}
     for key, difference in found.items():
         bound = max(BOUND, min(_NOISE * _difference(new.outputs[key], jittered[key]), _LOOSEST))
         if difference > bound:
@@ -160,22 +170,43 @@ def _difference(a: Array, b: Array | None) -> float:
     good = np.isfinite(a)
     if not np.array_equal(good, np.isfinite(b)):
         return np.inf
-    wide, other = a[good].astype(np.float64), b[good].astype(np.float64)
-    if wide.size == 0:
+    if not good.any():
         return 0.0
-    return float(np.abs(wide - other).max() / max(float(np.abs(wide).max()), 1e-30))
+    flat, other = a.reshape(-1), b.reshape(-1)
+    most = reach = 0.0
+    for start in range(0, a.size, _CHUNK):  # as float64, a part at a time
+        part = np.where(good.reshape(-1)[start : start + _CHUNK], flat[start : start + _CHUNK], 0).astype(np.float64)
+        new = np.where(good.reshape(-1)[start : start + _CHUNK], other[start : start + _CHUNK], 0)
+        most = max(most, float(np.abs(part - new).max()))
+        reach = max(reach, float(np.abs(part).max()))
+    return most / max(reach, 1e-30)
 
 
-def _jittered(model: ir.Model) -> ir.Model:
-    """A copy whose float weights are wrong by about one last bit; numbers such as exponents stay."""
-    copy, rng = model.clone(), np.random.default_rng(0)
-    for value in copy.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype == ir.DataType.FLOAT and tensor.size > 1:
-            array = tensor.numpy()
-            noise = rng.choice(np.array([-1, 0, 1], np.float32), array.shape) * np.float32(2**-23)
-            value.const_value = ir.tensor(array + array * noise, name=value.name)
-    return copy
+def _jittered(model: ir.Model, feeds: Feeds) -> Feeds:
+    """The outputs with all float weights wrong by about one last bit; numbers such as exponents stay.
+
+    Segment by segment, so that the changed weights of one segment are alive at a time.
+    """
+    chain, rng = Segments(model), np.random.default_rng(0)
+    boundary = chain.start(feeds)
+    for segment in chain:
+        tensors = {name: model.graph.initializers[name].const_value for name in sorted(segment.weights)}
+        change = {
+            name: _last_bits(tensor.numpy(), rng)
+            for name, tensor in tensors.items()
+            if tensor is not None and tensor.dtype == ir.DataType.FLOAT and tensor.size > 1
+        }
+        boundary = segment.run(boundary, change)
+        segment.drop()
+    return {name: boundary[name] for name in (v.name or "" for v in model.graph.outputs)}
+
+
+def _last_bits(array: Array, rng: np.random.Generator) -> Array:
+    noise = rng.integers(-1, 2, array.shape, np.int8).astype(np.float32)
+    noise *= np.float32(2**-23)
+    noise *= array
+    noise += array
+    return noise
 
 
 def _first_difference(before: ir.Model, after: ir.Model, feeds: Feeds, bound: float) -> str:

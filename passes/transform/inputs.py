@@ -12,10 +12,11 @@ from qcompiler.errors import BadOption, PassRefused, Refusal
 from qcompiler.graph.folds import Fold, find_fold
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.statistics import channel_statistics
-from qcompiler.measure.stream import activations
+from qcompiler.measure.stream import activations, calibration_of
 from qcompiler.model import Model
 
 Floats = npt.NDArray[np.float64]
+_TOKENS = 1 << 12  # more hardly change the largest |x| of a channel
 
 
 def require_float(model: Model, *, data: bool) -> None:
@@ -75,20 +76,29 @@ def channel_reach(model: Model, folds: list[Fold], percentile: float) -> dict[st
     if not 0 < percentile <= 100:
         raise BadOption(f"a percentile of {percentile} does not exist", fix="give more than 0, at most 100")
     axes = {fold.value.name or "": fold.axis for fold in folds}
+    enough = _enough(model)
     if percentile == 100:
-        return {name: s.absmax for name, s in channel_statistics(model, list(axes), axes).items()}
+        return {name: s.absmax for name, s in channel_statistics(model, list(axes), axes, enough).items()}
     total: dict[str, Floats] = {}
     count: dict[str, int] = {}
-    for name, array in _arrays(model, axes):
+    for name, array in _arrays(model, axes, enough):
         rows = np.abs(np.moveaxis(array, axes[name], -1)).reshape(-1, array.shape[axes[name]])
         total[name] = total.get(name, 0.0) + np.percentile(rows, percentile, axis=0)
         count[name] = count.get(name, 0) + 1
     return {name: total[name] / count[name] for name in total}
 
 
-def _arrays(model: Model, axes: Mapping[str, int]) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    for batch in activations(model, list(axes)):
+def _arrays(model: Model, axes: Mapping[str, int], limit: int | None) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    for batch in activations(model, list(axes), limit):
         yield from batch.items()
+
+
+def _enough(model: Model) -> int | None:
+    """Samples of integer inputs (text) that hold enough tokens; None, all samples, for other inputs."""
+    for feeds in calibration_of(model).batches(1, 1):
+        length = max((a.size for a in feeds.values() if np.issubdtype(a.dtype, np.integer)), default=0)
+        return max(1, _TOKENS // length) if length else None
+    return None
 
 
 def spread(reach: Floats) -> float:

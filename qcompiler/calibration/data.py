@@ -179,6 +179,22 @@ class Calibration:
                 kept.append(replace(block, arrays=arrays, count=high - low))
         return replace(self, blocks=tuple(kept))
 
+    def spread(self, count: int) -> Calibration:
+        """At most `count` samples, evenly spread over the data: first and last are among them."""
+        if count >= self.count:
+            return self
+        chosen = np.linspace(0, self.count - 1, max(count, 1)).round().astype(int)
+        kept: list[Block] = []
+        for block in self.blocks:
+            here = tuple(int(i) for i in chosen if 0 <= i < block.count)
+            chosen = chosen - block.count
+            if here and block.layout == "single":
+                kept.append(block)
+            elif here:
+                arrays = {k: _Picked(v, here) for k, v in block.arrays.items()}
+                kept.append(replace(block, arrays=arrays, count=len(here)))
+        return replace(self, blocks=tuple(kept))
+
     def join(self, outputs: Sequence[Mapping[str, Array]]) -> Feeds:
         """The outputs of the calls that `batches` gave, as one array each with the samples first."""
         return joined(outputs, self.blocks[0].layout, self.count)
@@ -203,6 +219,26 @@ class _View:
     def __getitem__(self, key: slice, /) -> Array:
         start, stop, _ = key.indices(self.stop - self.start)
         return np.asarray(self.rows[self.start + start : self.start + stop])
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """Single rows of an array, read when needed."""
+
+    rows: Rows
+    chosen: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.chosen), *self.rows.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.rows.dtype
+
+    def __getitem__(self, key: slice, /) -> Array:
+        parts = [np.asarray(self.rows[i : i + 1]) for i in self.chosen[key]]
+        return np.concatenate(parts) if parts else np.empty((0, *self.rows.shape[1:]), self.dtype)
 
 
 def _rows_in(limit: int, rows: Rows) -> int:

@@ -39,7 +39,7 @@ def activations(
     Args:
         model: its graph may be float or lowered.
         values: names of inputs or intermediate values of the main graph.
-        limit: samples, all if None.
+        limit: samples, evenly spread over the data; all if None.
         segments: of the model's graph, if there is one already.
 
     Yields:
@@ -48,7 +48,8 @@ def activations(
     """
     wanted = tuple(dict.fromkeys(values))
     chain = Segments(model.ir) if segments is None else segments
-    data = calibration_of(model)
+    whole = calibration_of(model)
+    data = whole if limit is None else whole.spread(limit)
     made = {name for segment in chain for name in segment.made}
     outside = tuple(name for name in wanted if name not in made)
     early = Runner(model.ir, outputs=outside) if outside else None
@@ -56,7 +57,7 @@ def activations(
     for feeds in data.batches(1, 1):
         alive = max((_bytes(found) for found in _one_batch(chain, early, wanted, feeds)), default=1)
         size = int(np.clip(_ALIVE_BYTES // max(alive, 1), 1, _LARGEST_BATCH))
-    for feeds in data.batches(size, limit):
+    for feeds in data.batches(size):
         yield from _one_batch(chain, early, wanted, feeds)
 
 
