@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import tomllib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -45,7 +46,7 @@ class PassReport:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(ABC):
     """Base of all passes. Subclasses are frozen dataclasses with only JSON-able fields."""
 
     contract: ClassVar[Literal["exact", "lossy"]] = LOSSY
@@ -53,9 +54,9 @@ class Pass:
     def requires(self, model: Model) -> None:
         """Raise PassRefused if this pass cannot run on this model at all."""
 
+    @abstractmethod
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Edit `model` in place and say what was done."""
-        raise NotImplementedError(type(self).__name__)
 
     @classmethod
     def registered_name(cls) -> str:
