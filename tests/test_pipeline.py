@@ -42,6 +42,9 @@ class Shy(Pass):
     def requires(self, model: Model) -> None:
         raise PassRefused("not this one", "shy")
 
+    def run(self, model: Model, progress: Progress) -> PassReport:
+        raise AssertionError("it refused")
+
 
 @pytest.fixture
 def model() -> Model:
