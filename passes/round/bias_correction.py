@@ -8,7 +8,7 @@ behind it, and a channel that it would not help is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import PassRefused
+from qcompiler.formats import QTensor
 from qcompiler.formats.base import Floats
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.segments import Boundary, Segments
@@ -44,7 +45,7 @@ class BiasCorrection(Pass):
     """
 
     samples: int = 32
-    tokens: int = 8192
+    tokens: int = 4096
 
     def requires(self, model: Model) -> None:
         """Refuse a model that is lowered, not rounded, or without data."""
@@ -70,9 +71,9 @@ class BiasCorrection(Pass):
     ) -> tuple[dict[str, Floats], dict[str, float]]:
         """Site by site: what the output lacks when all before is quantized and corrected."""
         simulated = _simulation(model, sites)
-        exact, found = (_Stream(m, model.weights.keys(), feeds) for m in (model, simulated))
-        for name, site in found.sites.items():
-            found.replaced[str(site.weight.name)] = site.from_matrix(model.weights[name].decode())
+        exact, found = (
+            _Stream(m, model.weights.keys(), codes, feeds) for m, codes in ((model, {}), (simulated, model.weights))
+        )
         shifts: dict[str, Floats] = {}
         sizes: dict[str, float] = {}
         for site in progress.track(sites, "Correcting biases"):
@@ -124,26 +125,56 @@ def _append_shift(graph: ir.Graph, site: Site) -> None:
 
 
 class _Stream:
-    """Calibration data in front of one segment of a model, moved on as needed."""
+    """Calibration data in front of one segment of a model, moved on as needed; sites must come in order.
 
-    def __init__(self, model: Model, rounded: Collection[str], feeds: list[dict[str, Array]]) -> None:
+    Attributes:
+        replaced: initializer name -> array, used instead from here on.
+    """
+
+    def __init__(
+        self, model: Model, rounded: Collection[str], codes: Mapping[str, QTensor], feeds: list[dict[str, Array]]
+    ) -> None:
         self.sites = {site.name: site for site in find_sites(model.ir) if site.name in rounded}
         self.replaced: dict[str, Array] = {}
+        self._codes = codes
         self._segments = Segments(model.ir, list(self.sites.values()))
         self._boundaries: list[Boundary] = [self._segments.start(feed) for feed in feeds]
-        self._position = 0
+        self._position = -1
+        self._seen: dict[str, Floats] = {}
 
     def outputs(self, name: str) -> Floats:
-        """Output of a site, [positions of all samples, rows], thinned out; sites must come in order."""
-        site, index = self.sites[name], self._segments.index_of(name)
+        """Output of a site, [positions of all samples, rows], thinned out."""
+        index = self._segments.index_of(name)
         while self._position < index:
+            self._step()
+        if self._codes:  # what is before a site may have changed since
+            return self._read([name])[name]
+        if name not in self._seen:
+            self._seen = self._read([s.name for s in self._segments[index].sites if s.op != "Gather"])
+        return self._seen[name]
+
+    def _step(self) -> None:
+        """Go behind a segment; decode the weights of the next one, and let go of those that nothing needs now."""
+        if self._position >= 0:
             segment = self._segments[self._position]
             self._boundaries = [segment.run(boundary, self.replaced) for boundary in self._boundaries]
             segment.drop()
-            self._position += 1
-        value = str(site.node.outputs[0].name)
-        read = (self._segments[index].read(b, [value], self.replaced)[value] for b in self._boundaries)
-        return np.concatenate([_by_channel(site, y) for y in read])
+        self._position += 1
+        rest = list(self._segments)[self._position :]
+        later = frozenset[str]().union(*(segment.weights for segment in rest))
+        self.replaced = {name: array for name, array in self.replaced.items() if name in later}
+        for site in rest[0].sites:
+            if site.name in self._codes:
+                self.replaced[str(site.weight.name)] = site.from_matrix(self._codes[site.name].decode())
+
+    def _read(self, names: list[str]) -> dict[str, Floats]:
+        values = {name: str(self.sites[name].node.outputs[0].name) for name in names}
+        parts: dict[str, list[Floats]] = {name: [] for name in names}
+        for boundary in self._boundaries:
+            found = self._segments[self._position].read(boundary, list(values.values()), self.replaced)
+            for name in names:
+                parts[name].append(_by_channel(self.sites[name], found[values[name]]))
+        return {name: np.concatenate(part) for name, part in parts.items()}
 
 
 def _by_channel(site: Site, y: Array) -> Floats:

@@ -66,7 +66,10 @@ class Streams:
             yield x, x if rounded is exact and not self.replaced else segment.read(exact, [name])[name]
 
     def advance(self, segment: Segment) -> None:
-        """Go behind a segment with both streams."""
+        """Go behind a segment with both streams; behind the last one there is nothing to see."""
+        if segment.index + 1 == len(self.segments):
+            segment.drop()
+            return
         for i, (rounded, exact) in enumerate(zip(self.rounded, self.exact, strict=True)):
             same = rounded is exact and not segment.weights & self.replaced.keys()
             self.exact[i] = segment.run(exact)

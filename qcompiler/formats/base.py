@@ -8,6 +8,7 @@ mapping from and to the tensors of a graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +22,7 @@ from qcompiler.formats.packing import packed_bits
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[Any]
+_PART = 1 << 20
 SCALE_DTYPES: dict[str, tuple[str, int]] = {  # name -> (short name, bits)
     "float32": ("fp32", 32),
     "float16": ("fp16", 16),
@@ -139,15 +141,33 @@ class QTensor:
 
     def decode(self) -> Floats:
         """The matrix that the codes stand for, float32 [rows, columns]."""
-        scale, zero = spread(self.scale, self.spec, self.shape[1]), None
-        if self.zero is not None:
-            zero = spread(self.zero, self.spec, self.shape[1])
-        return self.spec.format.decode(self.codes, scale, zero)
+        matrix = np.empty(self.shape, np.float32)
+        for rows in row_parts(self.shape):
+            scale, zero = spread_rows(self.scale, self.zero, self.spec, rows, self.shape[1])
+            matrix[rows] = self.spec.format.decode(self.codes[rows], scale, zero)
+        return matrix
 
     @property
     def stored_bits(self) -> int:
         """Exact stored bits, scales and zero points counted."""
         return self.spec.stored_bits(*self.shape)
+
+
+def row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of a matrix in parts of about a million elements: temporaries of an embedding table would be large."""
+    step = max(1, _PART // max(shape[1], 1))
+    return (slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step))
+
+
+def spread_rows(
+    scale: Floats, zero: Floats | None, spec: QuantSpec, rows: slice, columns: int
+) -> tuple[Floats, Floats | None]:
+    """`spread` scales and zeros for some rows."""
+
+    def part(values: Floats) -> Floats:
+        return spread(values if values.shape[0] == 1 else values[rows], spec, columns)
+
+    return part(scale), None if zero is None else part(zero)
 
 
 def spread(per_group: Floats, spec: QuantSpec, columns: int) -> Floats:

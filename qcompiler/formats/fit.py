@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, spread
+from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, row_parts, spread_rows
 from qcompiler.formats.granularity import PerTensor
 
 Method = Literal["minmax", "mse"]
@@ -74,8 +74,10 @@ def quantize(
 def encode(matrix: Floats, spec: QuantSpec, scale: Floats, zero: Floats | None) -> QTensor:
     """Round a matrix [rows, columns] to the nearest codes of given scales and zeros [scale rows, groups]."""
     matrix = np.asarray(matrix, np.float32)
-    wide = None if zero is None else spread(zero, spec, matrix.shape[1])
-    codes = spec.format.encode(matrix, spread(scale, spec, matrix.shape[1]), wide)
+    codes = np.empty(matrix.shape, spec.format.encode(matrix[:0], np.ones((0, 1), np.float32), None).dtype)
+    for rows in row_parts(matrix.shape):
+        scales, zeros = spread_rows(scale, zero, spec, rows, matrix.shape[1])
+        codes[rows] = spec.format.encode(matrix[rows], scales, zeros)
     return QTensor(spec, codes, scale, zero)
 
 

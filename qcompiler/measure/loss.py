@@ -35,7 +35,8 @@ def output_kind(output: Array) -> Kind:
     """
     if output.dtype.kind != "f" or output.ndim < 2 or output.shape[-1] < 2 or output.size == 0:
         return "values"
-    rows = output.reshape(-1, output.shape[-1])[:512].astype(np.float64)
+    most = max(16, min(512, _CHUNK // output.shape[-1]))
+    rows = output.reshape(-1, output.shape[-1])[:most].astype(np.float64)
     if not np.isfinite(rows).all():
         return "values"
     if rows.min() >= 0 and np.abs(rows.sum(-1) - 1).max() < 1e-3:

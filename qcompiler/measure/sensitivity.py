@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 from scipy.optimize import isotonic_regression
 
 from qcompiler.calibration import Calibration
@@ -42,6 +43,7 @@ Option = QuantSpec | SitePlan | None
 _BATCH_WORK = 1 << 26  # weights times samples of a batch
 _INPUT_WORK = 32  # an input element counts as so many weights
 _ENOUGH_ROWS = 512  # of the output; a language model has as many in one sample
+_LEAST_ROWS, _MOST_ELEMENTS = 128, 1 << 24  # fewer rows where there are many classes: they cost the most time
 _TRIAL = 1 << 17  # weights that are fitted to see how long fitting takes
 _SKETCH = 8192
 
@@ -110,10 +112,10 @@ def sensitivities(
         sites: of `model`.
         candidates: formats by site name, or in the order of `sites`. Of a SitePlan the weight's format counts;
             None (float) loses nothing.
-        samples: of the calibration data; None or 0: enough for 512 rows of output, at most
-            one batch (16, more for small models).
+        samples: of the calibration data; None or 0: enough for 512 rows of output (fewer if they are long), at
+            most one batch (16, more for small models); of texts longer than that the beginning.
         effort: "full" measures every candidate, "anchor" one a site; "auto" the first if `seconds` allow it.
-        seconds: how long it may take (at the speed of the first runs).
+        seconds: of all cores together that it may take (at the speed of the first runs).
         kinds: how to judge an output, where `loss.output_kind` should not decide.
         monotone: let losses of one granularity never rise with the bits (pool adjacent violators): noise must
             not buy bits.
@@ -124,9 +126,9 @@ def sensitivities(
     specs = [tuple(_spec(option) for option in row) for row in rows]
     chain, data = Segments(model.ir), calibration_of(model)
     most = _largest_batch(data, sites)
-    used = min(samples, data.count) if samples else _enough(chain, data, kinds, most)
-    batches = list(data.batches(most, used))
-    store = _Store(model, used, sorted((kinds or {}).items()))
+    used, length = (min(samples, data.count), None) if samples else _enough(chain, data, kinds, most)
+    batches = [_shortened(model, feeds, length) for feeds in data.batches(most, used)]
+    store = _Store(model, used, length, sorted((kinds or {}).items()))
     mode = effort if effort != "auto" else store.mode(seconds, specs, lambda: _estimate(chain, batches, sites, specs))
     found: list[list[_Measured]] = [[] for _ in sites]
     of_output: Mapping[str, Kind] = {}
@@ -157,12 +159,34 @@ def _largest_batch(data: Calibration, sites: Sequence[Site]) -> int:
     return int(np.clip(_BATCH_WORK // size, 16, _ENOUGH_ROWS))
 
 
-def _enough(chain: Segments, data: Calibration, kinds: Mapping[str, Kind] | None, most: int) -> int:
-    """Samples that give 512 rows of output, at most one batch."""
-    rows = 1
+def _enough(chain: Segments, data: Calibration, kinds: Mapping[str, Kind] | None, most: int) -> tuple[int, int | None]:
+    """Samples that give enough rows of output, at most one batch; and rows if a single sample has too many."""
+    rows, wanted = 1, _ENOUGH_ROWS
     for feeds in data.batches(1, 1):
-        rows = max(Reference(chain.run(chain.start(feeds)), kinds, 1).rows, 1)
-    return int(np.clip(-(-_ENOUGH_ROWS // rows), 1, min(most, data.count)))
+        outputs = chain.run(chain.start(feeds))
+        rows = max(Reference(outputs, kinds, 1).rows, 1)
+        widest = max((a.size for a in outputs.values()), default=1) // rows
+        wanted = int(np.clip(_MOST_ELEMENTS // max(widest, 1), _LEAST_ROWS, _ENOUGH_ROWS))
+    used = int(np.clip(-(-wanted // rows), 1, min(most, data.count)))
+    return used, wanted if rows > wanted else None
+
+
+def _shortened(model: Model, feeds: Mapping[str, Array], length: int | None) -> Mapping[str, Array]:
+    """The first positions of a text: of integer inputs whose second axis has a free length, shared with the rest.
+
+    Unchanged where `length` is None, or where the inputs are no text: half an image is another image.
+    """
+    shapes = {value.name: value.shape for value in model.graph.inputs if value.name in feeds}
+    lengths = {None if shape is None or len(shape) != 2 else _free_length(shape[1]) for shape in shapes.values()}
+    text = all(feeds[name].dtype.kind in "iub" for name in shapes if name is not None)
+    if length is None or not text or len(lengths) != 1 or None in lengths:
+        return feeds
+    return {name: array[:, :length] for name, array in feeds.items()}
+
+
+def _free_length(axis: int | ir.SymbolicDim) -> str | None:
+    """The name of a length that the model leaves open."""
+    return axis.value if isinstance(axis, ir.SymbolicDim) else None
 
 
 def _in_graph_order(chain: Segments, sites: Sequence[Site]) -> list[int]:
@@ -177,23 +201,26 @@ def _estimate(
     sites: Sequence[Site],
     specs: Sequence[tuple[QuantSpec | None, ...]],
 ) -> float:
-    """Seconds that measuring everything would take: half a run for each probe, and the fitting of the formats."""
+    """CPU seconds that measuring everything would take: half a run for each probe, and the fitting of the formats.
+
+    Of all threads, not by the clock: a machine that is busy otherwise makes the same plan.
+    """
     if not batches or not sites:
         return 0.0
     counts = [len({spec for spec in row if spec is not None}) for row in specs]
     boundary = chain.start(batches[0])
     reference = Reference(chain.run(boundary))
-    begin = time.monotonic()
+    begin = time.process_time()
     reference.losses(chain.run(boundary))
-    run = time.monotonic() - begin
-    begin, done = time.monotonic(), 1
+    run = time.process_time() - begin
+    begin, done = time.process_time(), 1
     for site, row in zip(sites, specs, strict=True):
         spec = next((s for s in row if s is not None), None)
         if spec is not None and done < _TRIAL:
             matrix = site.matrix()[: max(1, _TRIAL // site.columns)]
             quantize(matrix, spec, method="mse")
             done += matrix.size
-    each = (time.monotonic() - begin) / done
+    each = (time.process_time() - begin) / done
     fits = sum(count * site.count for count, site in zip(counts, sites, strict=True))
     return len(batches) * (0.55 * run * sum(counts) + each * fits)
 
