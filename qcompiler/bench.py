@@ -28,6 +28,7 @@ from qcompiler.progress import Progress
 from qcompiler.target import Backend, Feeds, Runnable
 
 _MOST_RUNS = 2000
+_WARM, _LEAST, _WANTED = 2, 5, 20  # rounds
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Bench:
     """Times of one run in seconds, medians over interleaved runs.
 
     Attributes:
-        medians: by name: "artifact", "ort_fp32", "ort_qdq" and, where ONNX Runtime takes it, "ort_kernels".
-        best: which of ORT's forms of the quantized model is the fastest.
+        medians: by name: "artifact", "ort_fp32", "ort_qdq" (the QDQ reference as it is) and, where it is not the
+            artifact itself and ONNX Runtime takes it, "ort_kernels" (what target onnx makes of the reference).
+        best: which of ORT's forms of the quantized model is the fastest; "artifact" where it is the artifact.
         threads: that all may use.
         runs: of each.
         batch: samples a run.
@@ -66,6 +68,7 @@ class Bench:
             "threads": self.threads,
             "medians": self.medians,
             "ort_best": self.best,
+            "ort_best_is_artifact": self.best == "artifact",
             "runs": self.runs,
             "batch": self.batch,
         }
@@ -85,7 +88,8 @@ def bench(
         artifact: what to measure.
         reference: the original, where the file that the manifest remembers is gone.
         batch: samples a run, where the model leaves its first axis open and `feeds` is None.
-        seconds: for all runs together; at least 5 of each are made.
+        seconds: for all runs together; three times that where it does not suffice for 20 of each, and at least 5
+            of each are made.
         progress: notes go there.
         feeds: inputs of a run; made at random if None.
 
@@ -106,25 +110,33 @@ def bench(
             contestants["ort_kernels"] = kernels.run
         times = _interleave(contestants, inputs, seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    best = min((name for name in medians if name in ("ort_qdq", "ort_kernels")), key=medians.__getitem__)
+    own = "artifact" if artifact.manifest["target"] == "onnx" else "ort_kernels"
+    best = min((name for name in medians if name in ("ort_qdq", own)), key=medians.__getitem__)
     rows = next((len(a) for a in inputs.values() if a.ndim), 1)
     return Bench(medians, best, threads, len(times["artifact"]), rows)
 
 
 def _interleave(contestants: dict[str, Callable[[Feeds], Any]], feeds: Feeds, seconds: float) -> dict[str, list[float]]:
-    """Times of all contestants, each round in the opposite order of the last; the first two rounds do not count."""
+    """Times of all contestants, each round in the opposite order of the last; the first ones do not count."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     start, rounds = time.monotonic(), 0
-    while rounds < 7 or (time.monotonic() - start < seconds and rounds < _MOST_RUNS):
+    while _goes_on(rounds - _WARM, time.monotonic() - start, seconds):
         order = list(contestants) if rounds % 2 else list(reversed(contestants))
         for name in order:
             begin = time.perf_counter()
             contestants[name](feeds)
             times[name].append(time.perf_counter() - begin)
         rounds += 1
-        if rounds == 2:
+        if rounds == _WARM:
             start = time.monotonic()
-    return {name: values[2:] for name, values in times.items()}
+    return {name: values[_WARM:] for name, values in times.items()}
+
+
+def _goes_on(rounds: int, passed: float, seconds: float) -> bool:
+    """Whether another round is due after so many that count."""
+    if rounds < _LEAST:
+        return True
+    return rounds < _MOST_RUNS and passed < (seconds if rounds >= _WANTED else 3 * seconds)
 
 
 def _session(path: Path, threads: int) -> Callable[[Feeds], Any]:
@@ -139,9 +151,9 @@ def _session(path: Path, threads: int) -> Callable[[Feeds], Any]:
 
 
 def _kernels(artifact: Artifact, folder: Path, progress: Progress) -> Runnable | None:
-    """What target "onnx" makes of the QDQ reference; None if the artifact is that already, or it refuses."""
+    """What target "onnx" makes of the QDQ reference; None if that is the artifact itself, or it refuses."""
     if artifact.manifest["target"] == "onnx":
-        return artifact.runnable
+        return None
     backend: Backend = registry.find("backends", "onnx")()
     try:
         backend.compile(Model(ir.load(artifact.reference), lowered=True), folder, progress)

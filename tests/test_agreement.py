@@ -23,7 +23,7 @@ from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.round.activation_ranges import ActivationRanges
 from qcompiler.passes.round.nearest import Nearest
-from qcompiler.plan import ActivationMode
+from qcompiler.plan import ActivationMode, Plan
 from qcompiler.progress import Silent
 from qcompiler.target import Feeds, Outputs, Tolerance
 from tests.graph.architectures import feeds_for, gpt2, mobilenet
@@ -36,9 +36,7 @@ def lowered(graph: ir.Model, activation: ActivationMode) -> tuple[Model, Feeds]:
     """All weights in 8 bits, embeddings float."""
     data = feeds_for(graph, batch=8)
     model = planned(Model(graph, "net", Calibration.from_arrays(data, graph)), "int8-sym-channel-fp32", activation)
-    for site in find_sites(graph):
-        if site.op == "Gather":
-            del model.plan.sites[site.name]
+    model.plan = Plan({site.name: model.plan.sites[site.name] for site in find_sites(graph) if site.op != "Gather"})
     passes = [Nearest(), *([ActivationRanges("minmax")] if activation == "static" else []), InsertQDQ()]
     for item in passes:
         item.run(model, Silent())

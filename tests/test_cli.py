@@ -15,6 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompiler.build.samples import batch_for
 from qcompiler.cli import run_command
 
 PIPELINE = """
@@ -130,8 +131,17 @@ def test_bench_reports_medians_of_all(work: Path, capsys: pytest.CaptureFixture[
     medians = found["medians"]
     assert found["runs"] >= 5
     assert found["speedup_vs_ort_fp32"] == pytest.approx(medians["ort_fp32"] / medians["artifact"])
-    best = min(medians["ort_qdq"], medians["ort_kernels"])
+    assert set(medians) == {"artifact", "ort_fp32", "ort_qdq"}, "the artifact is what target onnx makes"
+    best = min(medians["ort_qdq"], medians["artifact"])
     assert found["speedup_vs_ort_best"] == pytest.approx(best / medians["artifact"])
+    assert found["ort_best_is_artifact"] == (best == medians["artifact"])
+    assert run_command(["bench", "two.qc", "--seconds", "0.2"]) == 0
+    assert "ONNX Runtime, fp32 original" in capsys.readouterr().out
+
+
+def test_batches_shrink_as_outputs_grow() -> None:
+    assert [batch_for(size) for size in (0, 1000, 8_000_000, 100_000_000)] == [8, 8, 4, 1]
+    assert batch_for(1000, 2) == 2
 
 
 def test_diagnose_shows_every_layer(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from qcompiler.build.layers import alone, extremes
 from qcompiler.build.lowering import Lowering
 from qcompiler.build.memory import realised_peak
 from qcompiler.build.recipe import Options
-from qcompiler.build.samples import Samples
+from qcompiler.build.samples import FEW, Samples
 from qcompiler.pipeline import PassReport, Pipeline
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress
@@ -61,8 +61,10 @@ def emit(
         compiled = backend.compile(lowered, folder, progress)
         judgement = judge(folder, options.target, compiled.tolerance, lowering.original, samples, progress)
         seconds = max(_LAYER_SECONDS, _LAYER_SHARE * (time.monotonic() - start))
-        realised = alone(lowering.rounded, samples.feeds(samples.held, samples.batch), seconds, progress)
-        seen = extremes(lowering.rounded, samples.feeds(samples.used))
+        realised = alone(
+            lowering.rounded, list(samples.held.batches(judgement.batch, judgement.batch)), seconds, progress
+        )
+        seen = extremes(lowering.rounded, FEW)
         entries = {
             **_made(options, pipeline, samples, path, judgement),
             **_model(lowering),

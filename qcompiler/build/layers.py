@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from qcompiler.evaluate.fidelity import output_loss
 from qcompiler.graph.sites import Site
-from qcompiler.measure.runner import Runner
 from qcompiler.measure.segments import Segments
+from qcompiler.measure.stream import activations
 from qcompiler.model import Model
 from qcompiler.progress import Progress
 from qcompiler.target import Feeds
@@ -63,14 +63,16 @@ def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progre
     return {name: value / seen[name] for name, value in total.items()}
 
 
-def extremes(model: Model, feeds: Sequence[Feeds]) -> dict[str, list[float]]:
-    """Smallest and largest number of every value that has a static range, over batches of inputs."""
-    names = list(model.ranges)
-    if not names:
-        return {}
-    runner, found = Runner(model.ir, outputs=names), dict[str, list[float]]()
-    for feed in feeds:
-        for name, array in runner(feed).items():
+def extremes(model: Model, limit: int) -> dict[str, list[float]]:
+    """Smallest and largest number of every value that has a static range, over some calibration samples.
+
+    Args:
+        model: with calibration data; its graph is still float.
+        limit: samples.
+    """
+    found: dict[str, list[float]] = {}
+    for batch in activations(model, model.ranges, limit) if model.ranges else ():
+        for name, array in batch.items():
             low, high = found.get(name, [float("inf"), float("-inf")])
             found[name] = [min(low, float(array.min())), max(high, float(array.max()))]
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qcompiler.errors import BadOption
+from qcompiler.measure.memory import give_back
 from qcompiler.model import Model
 from qcompiler.pipeline import PassReport, Pipeline
 from qcompiler.progress import Progress
@@ -45,6 +46,7 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
     for item in pipeline.passes:
         rounded = rounded if work.lowered else work.clone()
         reports += replace(pipeline, passes=[item]).run(work, progress)
+        give_back((*model.graph.initializers.values(), *work.graph.initializers.values()))
         if only_plan and work.plan.sites:
             return Lowering(model, work, None, reports)
     if only_plan:

@@ -17,6 +17,7 @@ _MOST_HELD = 64  # samples
 FEW = 8  # verification inputs of each kind
 _BATCH_BYTES = 1 << 24  # of inputs; activations are many times larger
 _MOST_BATCH = 8
+_OUTPUT_BYTES = 32_000_000  # of one run's outputs: a vocabulary of 50,000 makes 100 MB of a text of 512 tokens
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,16 @@ def gather(source: Source, model: Model, seed: int, progress: Progress) -> Sampl
     used, kept = (whole.take(count - held), whole.part(count - held, count)) if held else (whole, whole)
     one = feed_bytes(next(iter(whole.batches(1, 1))))
     return Samples(source, used, kept, random, max(1, min(_MOST_BATCH, _BATCH_BYTES // max(one, 1))))
+
+
+def batch_for(output_bytes: int, most: int = _MOST_BATCH) -> int:
+    """Samples a run that keep its outputs small.
+
+    Args:
+        output_bytes: of one sample.
+        most: samples.
+    """
+    return max(1, min(most, _OUTPUT_BYTES // max(output_bytes, 1)))
 
 
 def feed_bytes(feeds: Feeds) -> int:

@@ -14,8 +14,7 @@ from qcompiler.errors import OutputError
 if TYPE_CHECKING:
     from qcompiler.artifact import Artifact
     from qcompiler.calibration import Calibration
-
-DEFAULT_BATCH = 8
+    from qcompiler.target import Feeds
 
 
 def read_samples(path: Path, artifact: Artifact) -> Calibration:
@@ -29,6 +28,23 @@ def read_samples(path: Path, artifact: Artifact) -> Calibration:
     from qcompiler.calibration import Calibration
 
     return Calibration.from_path(path, ir.load(artifact.reference))
+
+
+def batches(samples: Calibration, artifact: Artifact, batch: int | None, limit: int | None = None) -> list[Feeds]:
+    """Samples in batches; this loads the artifact, so that loading is not part of what is timed later.
+
+    Args:
+        samples: data for the artifact's inputs.
+        artifact: is run on one sample, to see how large its outputs are, if `batch` is None.
+        batch: samples a run.
+        limit: samples, all if None.
+    """
+    from qcompiler.build.samples import batch_for
+
+    if batch is None:
+        outputs = artifact.run(next(samples.batches(1, 1)))
+        batch = batch_for(sum(array.nbytes for array in outputs.values()))
+    return list(samples.batches(batch, limit))
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

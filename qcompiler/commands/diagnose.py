@@ -22,12 +22,12 @@ def command(
     """Show each layer's error alone, the error as it adds up, and what one more bit would give."""
     from qcompiler.api import open_cache
     from qcompiler.artifact import load_artifact
-    from qcompiler.commands.data import DEFAULT_BATCH, read_samples
+    from qcompiler.commands.data import batches, read_samples
     from qcompiler.diagnose import diagnose, rebuild
     from qcompiler.progress import Terminal
 
     loaded, progress = load_artifact(artifact), Terminal()
-    feeds = list(read_samples(data, loaded).batches(DEFAULT_BATCH, samples))
+    feeds = batches(read_samples(data, loaded), loaded, None, samples)
     with open_cache(resume=True) as cache:
         found = diagnose(loaded, rebuild(loaded, reference, cache, progress).rounded, feeds, progress)
     if json:
@@ -46,4 +46,4 @@ def command(
         for layer in found.layers
     ]
     print_table(["layer", "weights", "loss alone", "accumulated", "one more bit", "costs"], rows, left=2)
-    print_facts([("loss, all weights", brief(found.weights)), ("loss, with activations", brief(found.artifact))])
+    print_facts([("loss, all weights", brief(found.weights)), ("loss, the artifact itself", brief(found.artifact))])

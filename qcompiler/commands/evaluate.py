@@ -23,14 +23,14 @@ def command(
     from qcompiler.artifact import load_artifact
     from qcompiler.artifact.original import original_of
     from qcompiler.build.score import Score
-    from qcompiler.commands.data import DEFAULT_BATCH, read_samples
+    from qcompiler.commands.data import batches, read_samples
     from qcompiler.measure.runner import Runner
     from qcompiler.progress import Terminal
 
     loaded = load_artifact(artifact)
     samples = read_samples(data, loaded)
     runner = Runner(original_of(loaded, reference).ir)
-    feeds = list(samples.batches(batch or DEFAULT_BATCH))
+    feeds = batches(samples, loaded, batch)
     score = Score()
     for feed in Terminal().track(feeds, "evaluating"):
         score.add(feed, runner(feed), loaded.run(feed))

@@ -16,11 +16,11 @@ def command(
 ) -> None:
     """Run a compiled model on arrays from a file."""
     from qcompiler.artifact import load_artifact
-    from qcompiler.commands.data import DEFAULT_BATCH, read_samples, write_arrays
+    from qcompiler.commands.data import batches, read_samples, write_arrays
     from qcompiler.progress import Terminal
 
     loaded = load_artifact(artifact)
     samples = read_samples(inputs, loaded)
-    feeds = list(samples.batches(batch or DEFAULT_BATCH))
+    feeds = batches(samples, loaded, batch)
     results = [loaded.run(feed) for feed in Terminal().track(feeds, "running")]
     write_arrays(outputs, samples.join(results))
