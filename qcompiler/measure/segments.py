@@ -31,6 +31,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.cuts import Chain, divide
+from qcompiler.measure.memory import give_back
 from qcompiler.measure.runner import Runner
 
 Array = npt.NDArray[Any]
@@ -143,6 +144,7 @@ class Segment:
         self.made: frozenset[str] = self._part.made
         self._after: tuple[str, ...] = chain.parts[index + 1].before if index + 1 < len(chain.parts) else chain.outputs
         self._sessions = _Sessions(model, threads, 3)
+        self._initializers = model.graph.initializers
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -180,8 +182,9 @@ class Segment:
         return found | runner({**boundary, **changes})
 
     def drop(self) -> None:
-        """Let go of the sessions."""
+        """Let go of the sessions and of the memory behind them."""
         self._sessions.clear()
+        give_back(value for name, value in self._initializers.items() if name in self.weights)
 
 
 class _Sessions:

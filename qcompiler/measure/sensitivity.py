@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 from scipy.optimize import isotonic_regression
 
 from qcompiler.calibration import Calibration
@@ -30,6 +29,7 @@ from qcompiler.measure.cache import Cache
 from qcompiler.measure.loss import PARTS, Kind, Reference
 from qcompiler.measure.probes import Probes
 from qcompiler.measure.segments import Segments
+from qcompiler.measure.shorten import shortened
 from qcompiler.measure.stream import calibration_of, measurement_key
 from qcompiler.model import Model
 from qcompiler.plan import SitePlan
@@ -127,7 +127,9 @@ def sensitivities(
     chain, data = Segments(model.ir), calibration_of(model)
     most = _largest_batch(data, sites)
     used, length = (min(samples, data.count), None) if samples else _enough(chain, data, kinds, most)
-    batches = [_shortened(model, feeds, length) for feeds in data.batches(most, used)]
+    batches = list(data.batches(most, used))
+    if length is not None:
+        batches = [shortened(model.ir, feeds, length) for feeds in batches]
     store = _Store(model, used, length, sorted((kinds or {}).items()))
     mode = effort if effort != "auto" else store.mode(seconds, specs, lambda: _estimate(chain, batches, sites, specs))
     found: list[list[_Measured]] = [[] for _ in sites]
@@ -169,24 +171,6 @@ def _enough(chain: Segments, data: Calibration, kinds: Mapping[str, Kind] | None
         wanted = int(np.clip(_MOST_ELEMENTS // max(widest, 1), _LEAST_ROWS, _ENOUGH_ROWS))
     used = int(np.clip(-(-wanted // rows), 1, min(most, data.count)))
     return used, wanted if rows > wanted else None
-
-
-def _shortened(model: Model, feeds: Mapping[str, Array], length: int | None) -> Mapping[str, Array]:
-    """The first positions of a text: of integer inputs whose second axis has a free length, shared with the rest.
-
-    Unchanged where `length` is None, or where the inputs are no text: half an image is another image.
-    """
-    shapes = {value.name: value.shape for value in model.graph.inputs if value.name in feeds}
-    lengths = {None if shape is None or len(shape) != 2 else _free_length(shape[1]) for shape in shapes.values()}
-    text = all(feeds[name].dtype.kind in "iub" for name in shapes if name is not None)
-    if length is None or not text or len(lengths) != 1 or None in lengths:
-        return feeds
-    return {name: array[:, :length] for name, array in feeds.items()}
-
-
-def _free_length(axis: int | ir.SymbolicDim) -> str | None:
-    """The name of a length that the model leaves open."""
-    return axis.value if isinstance(axis, ir.SymbolicDim) else None
 
 
 def _in_graph_order(chain: Segments, sites: Sequence[Site]) -> list[int]:

@@ -16,7 +16,7 @@ from qcompiler.measure.segments import Segments
 from qcompiler.model import Model
 
 Array = npt.NDArray[Any]
-_ALIVE_BYTES = 64 << 20  # of what is asked for in one segment; ONNX Runtime needs several times as much
+_ALIVE_BYTES = 8 << 20  # of what is asked for in one segment; ONNX Runtime needs several times as much
 _LARGEST_BATCH = 32
 
 
@@ -44,7 +44,7 @@ def activations(
 
     Yields:
         Name -> array for some of the values and one batch. Every value comes once a batch; the batches are
-        as large as 64 MB of activations alive at a time allow.
+        as large as 8 MB of activations alive at a time allow.
     """
     wanted = tuple(dict.fromkeys(values))
     chain = Segments(model.ir) if segments is None else segments
