@@ -24,6 +24,7 @@ PASSES: dict[str, str] = {
     "gptq": "qcompiler.passes.round.gptq:GPTQ",
     "bias-correction": "qcompiler.passes.round.bias_correction:BiasCorrection",
     "activation-ranges": "qcompiler.passes.round.activation_ranges:ActivationRanges",
+    "tune": "qcompiler.passes.round.tune:Tune",
     "insert-qdq": "qcompiler.passes.lower.insert_qdq:InsertQDQ",
 }
 FORMATS: dict[str, str] = {

@@ -20,7 +20,8 @@ LAYERS = [
     {"pipeline", "contracts"},
     {"report", "artifact", "build", "diagnose", "bench", "commands", "api", "cli"},
 ]
-TORCH_FILES = {"torch_ops.py", "torch_nn_ops.py"}  # imported by fx_twin when a twin is built
+# Imported by fx_twin when a twin is built, and by the pass that tunes one.
+TORCH_FILES = {"torch_ops.py", "torch_nn_ops.py", "tuned_twin.py"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

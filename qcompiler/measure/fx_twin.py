@@ -29,7 +29,8 @@ def fx_twin(model: ir.Model) -> torch.fx.GraphModule:
     Returns:
         A GraphModule that takes the graph's inputs in order and returns a tuple of its outputs. Float
         initializers with two or more axes are parameters named after the initializer, all else buffers.
-        `node.meta["onnx"]` is the name of the ONNX node that an fx node stands for.
+        `node.meta["onnx"]` is the name of the ONNX node that an fx node stands for, `node.meta["value"]` that of
+        the value it makes.
 
     Raises:
         MissingExtra: torch is not installed.
@@ -65,6 +66,8 @@ def fx_twin(model: ir.Model) -> torch.fx.GraphModule:
         else:
             for i, output in enumerate(node.outputs):
                 values[output] = graph.call_function(operator.getitem, (made, i))
+    for value, made in values.items():
+        made.meta["value"] = value.name
     graph.output(tuple(values[v] for v in model.graph.outputs))
     return torch.fx.GraphModule(root, graph)
 

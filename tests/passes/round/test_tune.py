@@ -1,0 +1,101 @@
+"""Tuning brings the outputs closer on held-back data, or changes nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from qcompiler.errors import MissingExtra, PassRefused
+from qcompiler.measure.runner import Runner
+from qcompiler.model import Model, StaticRange
+from qcompiler.passes.lower.insert_qdq import InsertQDQ
+from qcompiler.passes.round.activation_ranges import ActivationRanges
+from qcompiler.passes.round.nearest import Nearest
+from qcompiler.passes.round.tune import Tune, _judge, _targets
+from qcompiler.progress import Silent
+from tests.passes.round.small_models import cnn, planned
+
+
+def rounded(spec: str = "int4-sym-channel-fp32") -> Model:
+    model = planned(cnn(40), spec, "static")
+    Nearest().run(model, Silent())
+    ActivationRanges("minmax").run(model, Silent())
+    return model
+
+
+def error(model: Model) -> float:
+    """Of the lowered model on its calibration data, relative to the power of the output."""
+    assert model.calibration is not None
+    lowered = model.clone()
+    InsertQDQ().run(lowered, Silent())
+    exact, found, total = Runner(model.ir), Runner(lowered.ir), []
+    for feed in model.calibration.batches(1):
+        y = exact(feed)["y"]
+        total.append(float(np.square(found(feed)["y"] - y).sum() / np.square(y).sum()))
+    return float(np.mean(total))
+
+
+def test_the_twin_computes_what_the_lowered_model_does() -> None:
+    pytest.importorskip("torch")
+    from qcompiler.passes.round.tuned_twin import TunedTwin
+
+    model = rounded()
+    pairs = Tune()._pairs(model)
+    loss = _judge(TunedTwin(model, _targets(model)), pairs, ["x"])
+    assert loss == pytest.approx(error(model), rel=0.02)
+
+
+def test_tuning_lowers_the_error_and_keeps_the_codes() -> None:
+    pytest.importorskip("torch")
+    model = rounded()
+    before, codes = error(model), {name: q.codes for name, q in model.weights.items()}
+    report = Tune(epochs=12).run(model, Silent())
+    assert report.metrics["kept"]
+    assert error(model) < 0.7 * before
+    assert all(model.weights[name].codes is found for name, found in codes.items())
+    assert model.ranges["b"].zero == 0
+    assert np.float32(255) * np.float32(model.ranges["b"].scale) <= 6
+    assert model.ranges["h"] == model.ranges["g"]  # Flatten only moves codes
+
+
+def test_what_does_not_help_is_not_kept() -> None:
+    pytest.importorskip("torch")
+    model = rounded("int8-sym-channel-fp32")
+    ranges, weights = dict(model.ranges), dict(model.weights)
+    report = Tune(epochs=1, bias_rate=50.0).run(model, Silent())
+    assert not report.metrics["kept"]
+    assert report.changed == 0
+    assert (model.ranges, model.weights, model.bias_shift) == (ranges, weights, {})
+
+
+def test_without_torch_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rounded()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match="torch"):
+        Tune().requires(model)
+    Tune(optional=True).requires(model)
+    report = Tune(optional=True).run(model, Silent())
+    assert report.changed == 0
+    assert "torch" in report.refused[0].reason
+
+
+def test_refusals() -> None:
+    with pytest.raises(PassRefused, match="nothing is quantized"):
+        Tune().requires(cnn())
+    with pytest.raises(PassRefused, match="data"):
+        Tune().requires(replace(rounded(), calibration=None))
+    with pytest.raises(PassRefused, match="lowered"):
+        Tune().requires(replace(rounded(), lowered=True))
+
+
+def test_ranges_of_their_own_start_where_they_are() -> None:
+    pytest.importorskip("torch")
+    from qcompiler.passes.round.tuned_twin import Grid
+
+    target = next(t for t in _targets(rounded()) if t.low == 0)
+    low, high = Grid(target, StaticRange(4.0 / 255, 0)).found()
+    assert float(low) == 0
+    assert float(high) == pytest.approx(4.0)
