@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +170,10 @@ def test_files_that_do_not_run_fail_with_a_reason(tmp_path: Path) -> None:
 def test_files_that_hang_fail(tmp_path: Path) -> None:
     with pytest.raises(VerificationFailed, match="did not finish"):
         next(FreshProcess("onnx", tmp_path, timeout=0.01).run([{"x": np.zeros((1, 4), "f")}]))
+
+
+def test_a_child_does_not_count_what_its_parent_held() -> None:
+    held = np.ones(60_000_000)  # 480 MB, touched
+    line = "import qcompiler.artifact.worker as w; print(w.own_peak())"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert 1 << 20 < int(done.stdout) < held.nbytes

@@ -12,7 +12,7 @@ from qcompiler.artifact.verify import distances
 from qcompiler.errors import VerificationFailed
 from qcompiler.target import Feeds, Outputs, Tolerance
 
-FACTOR = 2.0  # an artifact may be so many times as far away as the reference's own noisy runs
+FACTOR = 1.5  # times the reference's own noisy runs; measured: 0.4 to 0.9 on image and sentence models
 MORE_DRAWS = 16  # before an artifact is refused: where flips are rare, a few draws may have met none
 _FLIPS = 2  # elements of an integer output that may differ where activations are rounded
 RULE = (

@@ -8,12 +8,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import psutil
 
 from qcompiler.errors import VerificationFailed
 from qcompiler.target import Feeds, Outputs
 
+PEAK = "peak"  # name of the file in which a fresh process says how much memory it took
 _TINY = 1e-30
 
 
@@ -77,7 +80,12 @@ class FreshProcess:
         target: name of the backend.
         folder: the artifact, complete or not yet.
         timeout: seconds for all feeds together.
+
+    Attributes:
+        together: the most that this process held while such a process ran, and the peak of that, in bytes.
     """
+
+    together: ClassVar[int] = 0
 
     def __init__(self, target: str, folder: Path, timeout: float = 1800.0) -> None:
         self.target, self.folder, self.timeout = target, folder, timeout
@@ -112,3 +120,5 @@ class FreshProcess:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise VerificationFailed(f"the compiled model does not run ({last[:300]})", f"target {self.target}")
+        peak = int(psutil.Process().memory_info().rss) + int((outputs / PEAK).read_text())
+        FreshProcess.together = max(FreshProcess.together, peak)
