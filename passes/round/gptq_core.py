@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
+from scipy.linalg import get_lapack_funcs
 
 from qcompiler.formats import QuantSpec, spread
 from qcompiler.formats.base import Floats
@@ -21,6 +21,7 @@ from qcompiler.formats.base import Floats
 Order = Literal["diagonal", "natural"]
 _BLOCK = 64  # columns between two updates of all later columns
 _RETRIES = 8
+_POTRF, _TRTRI = get_lapack_funcs(("potrf", "trtri"), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,17 @@ def factorize(gram: npt.NDArray[Any], damping: float = 0.01, order: Order = "dia
 
 def _inverse_factor(hessian: npt.NDArray[np.float64]) -> Floats | None:
     """Upper U with U^T U = H^-1, by the Cholesky factor of H read backwards: H = R R^T, U = R^-1."""
-    try:
-        lower = np.linalg.cholesky(hessian[:, ::-1, ::-1])
-    except np.linalg.LinAlgError:
-        return None
-    upper = lower[:, ::-1, ::-1]
-    if len(upper) > 1:  # many small ones
-        inverse = np.linalg.inv(upper)
-    else:
-        identity = np.eye(hessian.shape[-1])
-        inverse = scipy.linalg.solve_triangular(upper[0], identity, overwrite_b=True, check_finite=False)[None]
+    if len(hessian) == 1:
+        lower, failed = _POTRF(hessian[0, ::-1, ::-1], lower=1)
+        inverse, singular = _TRTRI(lower, lower=1) if not failed else (lower, failed)
+        if failed or singular:
+            return None
+        inverse = inverse[None, ::-1, ::-1]
+    else:  # many small ones
+        try:
+            inverse = np.linalg.inv(np.linalg.cholesky(hessian[:, ::-1, ::-1])[:, ::-1, ::-1])
+        except np.linalg.LinAlgError:
+            return None
     return inverse.astype(np.float32) if np.isfinite(inverse).all() else None
 
 

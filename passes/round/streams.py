@@ -14,6 +14,7 @@ from qcompiler.measure.segments import Boundary, Segment, Segments
 from qcompiler.model import Model
 
 Array = npt.NDArray[Any]
+_AHEAD_BYTES = 160 << 20
 
 
 def calibration_feeds(model: Model, samples: int, tokens: int) -> list[dict[str, Array]]:
@@ -51,6 +52,7 @@ class Streams:
         self.replaced: dict[str, Array] = {}
         self.exact: list[Boundary] = [self.segments.start(feed) for feed in feeds]
         self.rounded: list[Boundary] = list(self.exact)
+        self._segment, self._ahead = -1, list[dict[str, Array]]()
 
     def replace(self, site: Site, tensor: Array) -> None:
         """Use another weight from now on in the rounded stream."""
@@ -61,9 +63,28 @@ class Streams:
         """(rounded, exact) data input of a site, batch by batch."""
         assert site.activation is not None
         name = str(site.activation.name)
-        for rounded, exact in zip(self.rounded, self.exact, strict=True):
+        for i, (rounded, exact) in enumerate(zip(self.rounded, self.exact, strict=True)):
             x = segment.read(rounded, [name], self.replaced)[name]
-            yield x, x if rounded is exact and not self.replaced else segment.read(exact, [name])[name]
+            same = rounded is exact and not self.replaced
+            yield x, x if same else self._exact_input(segment, name, i)
+
+    def _exact_input(self, segment: Segment, name: str, i: int) -> Array:
+        """An input of the float model in batch `i`; those of all sites come of one run if they fit into memory."""
+        if name in self.exact[i]:
+            return self.exact[i][name]
+        if segment.index != self._segment:
+            self._segment, self._ahead = segment.index, self._look_ahead(segment)
+        return self._ahead[i][name] if self._ahead else segment.read(self.exact[i], [name])[name]
+
+    def _look_ahead(self, segment: Segment) -> list[dict[str, Array]]:
+        """For each batch the next boundary and the inputs of all sites; nothing if that is too large."""
+        names = sorted({str(v.name) for site in segment.sites for v in site.activations if v.name in segment.made})
+        found: list[dict[str, Array]] = []
+        for exact in self.exact:
+            found.append(segment.run(exact, extra_outputs=names))
+            if sum(a.nbytes for a in found[0].values()) * len(self.exact) > _AHEAD_BYTES:
+                return []
+        return found
 
     def advance(self, segment: Segment) -> None:
         """Go behind a segment with both streams; behind the last one there is nothing to see."""
@@ -72,8 +93,10 @@ class Streams:
             return
         for i, (rounded, exact) in enumerate(zip(self.rounded, self.exact, strict=True)):
             same = rounded is exact and not segment.weights & self.replaced.keys()
-            self.exact[i] = segment.run(exact)
+            ahead = self._ahead[i] if self._ahead and self._segment == segment.index else segment.run(exact)
+            self.exact[i] = {name: ahead[name] for name in segment.after}
             self.rounded[i] = self.exact[i] if same else segment.run(rounded, self.replaced)
+        self._ahead = []
         segment.drop()
         later = frozenset[str]().union(*(s.weights for s in self.segments if s.index > segment.index))
         self.replaced = {name: array for name, array in self.replaced.items() if name in later}

@@ -21,6 +21,7 @@ from qcompiler.build.lowering import Lowering
 from qcompiler.build.memory import realised_peak
 from qcompiler.build.recipe import Options
 from qcompiler.build.samples import FEW, Samples
+from qcompiler.measure.shorten import shortened
 from qcompiler.pipeline import PassReport, Pipeline
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress
@@ -28,8 +29,8 @@ from qcompiler.report.html import render
 from qcompiler.report.json import collect
 from qcompiler.target import Backend, Compiled
 
-_LAYER_SECONDS = 5.0  # at least; else a part of the time so far
-_LAYER_SHARE = 0.05
+_LAYER_SHARE = 0.05  # of the time so far for losses of single layers, within bounds
+_LEAST_SECONDS, _MOST_SECONDS = 5.0, 20.0
 
 
 def emit(
@@ -60,10 +61,12 @@ def emit(
         progress.note(f"compiling for target {options.target}")
         compiled = backend.compile(lowered, folder, progress)
         judgement = judge(folder, options.target, compiled.tolerance, lowering.original, samples, progress)
-        seconds = max(_LAYER_SECONDS, _LAYER_SHARE * (time.monotonic() - start))
-        realised = alone(
-            lowering.rounded, list(samples.held.batches(judgement.batch, judgement.batch)), seconds, progress
-        )
+        seconds = min(max(_LEAST_SECONDS, _LAYER_SHARE * (time.monotonic() - start)), _MOST_SECONDS)
+        held = [
+            shortened(lowering.original.ir, feed, judgement.length)
+            for feed in samples.held.batches(judgement.batch, judgement.batch)
+        ]
+        realised = alone(lowering.rounded, held, seconds, progress)
         seen = extremes(lowering.rounded, FEW)
         entries = {
             **_made(options, pipeline, samples, path, judgement),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from qcompiler.artifact.agreement import Agreement
 from qcompiler.artifact.spread import Reference
 from qcompiler.build.samples import FEW, Samples, batch_for
 from qcompiler.build.score import Score, rows
+from qcompiler.measure.memory import give_back
 from qcompiler.measure.runner import Runner
+from qcompiler.measure.shorten import shortened
 from qcompiler.model import Model
 from qcompiler.progress import Progress
-from qcompiler.target import Feeds, Tolerance
+from qcompiler.target import Feeds, Outputs, Tolerance
 
-_MOST_BYTES = 256_000_000  # of the outputs of each kind of inputs, which wait on disk
+_MOST_BYTES = 64_000_000  # of the outputs of each kind of inputs
+_LARGE = 24_000_000  # a sample with larger outputs (logits of a language model) is shortened if it is a text
 HELD_BACK = "held back"
 
 
@@ -32,6 +37,7 @@ class Judgement:
         loss: the loss that allocation predicts, of the artifact, on held-back samples.
         held_back: samples that fidelity was taken on.
         batch: samples a run, such that the outputs of a run stay small.
+        length: positions of a text that were run, for the same reason; None: all.
     """
 
     verification: list[dict[str, Any]]
@@ -39,6 +45,7 @@ class Judgement:
     loss: float
     held_back: int
     batch: int
+    length: int | None
 
 
 def judge(
@@ -50,23 +57,51 @@ def judge(
         VerificationFailed: it does not run, or differs from its reference by more than the tolerance.
     """
     progress.note("verifying in a fresh process")
-    truth, reference = Runner(original.ir), Reference(ir.load(folder / REFERENCE), tolerance.noise)
-    one = sum(array.nbytes for array in truth(next(samples.used.batches(1, 1))).values())
-    batch = batch_for(one, samples.batch)
-    kinds = _inputs(samples, batch, max(1, _MOST_BYTES // max(one, 1)))
-    results = FreshProcess(target, folder).run([feed for part in kinds.values() for feed in part])
+    batch, length, kinds, truths = _inputs_and_outputs(original, samples)
+    outputs = _outputs(FreshProcess(target, folder), [feed for part in kinds.values() for feed in part])
+    reference = Reference(ir.load(folder / REFERENCE), tolerance.noise)
     verification: list[dict[str, Any]] = []
     score = Score()
     for kind, part in kinds.items():
         agreement = Agreement(kind, reference, tolerance, FEW)
-        for feed in part:
-            outputs = next(results)
-            wanted = truth(feed) if agreement.probing or kind == HELD_BACK else None
-            agreement.add(feed, outputs, wanted, rows([feed]))
-            if kind == HELD_BACK and wanted is not None:
-                score.add(feed, wanted, outputs)
+        for feed, wanted in zip(part, truths[kind], strict=True):
+            found = next(outputs)
+            agreement.add(feed, found, wanted, rows([feed]))
+            if kind == HELD_BACK:
+                score.add(feed, wanted, found)
         verification.append(agreement.conclude())
-    return Judgement(verification, score.fidelity, score.loss, score.samples, batch)
+    return Judgement(verification, score.fidelity, score.loss, score.samples, batch, length)
+
+
+def _inputs_and_outputs(
+    original: Model, samples: Samples
+) -> tuple[int, int | None, dict[str, list[Feeds]], dict[str, list[Outputs]]]:
+    """Samples a run, positions of a text, the batches of each kind, and what the original makes of them.
+
+    All before the reference is opened, so that the weights of both need not be in memory together.
+    """
+    truth = Runner(original.ir)
+    first = next(samples.used.batches(1, 1))
+    one = sum(array.nbytes for array in truth(first).values())
+    length = None
+    if one > _LARGE:
+        length = max(1, max((a.shape[1] for a in first.values() if a.ndim == 2), default=1) * _LARGE // one)
+        one = sum(array.nbytes for array in truth(shortened(original.ir, first, length)).values())
+    batch = batch_for(one, samples.batch)
+    kinds: dict[str, list[Feeds]] = {
+        kind: [shortened(original.ir, feed, length) for feed in part]
+        for kind, part in _inputs(samples, batch, max(1, _MOST_BYTES // max(one, 1))).items()
+    }
+    truths = {kind: [truth(feed) for feed in part] for kind, part in kinds.items()}
+    del truth
+    give_back(original.graph.initializers.values())
+    return batch, length, kinds, truths
+
+
+def _outputs(process: FreshProcess, feeds: list[Feeds]) -> Iterator[Outputs]:
+    """What the artifact makes of the inputs; it has run when this returns."""
+    results = process.run(feeds)
+    return chain([next(results)], results)
 
 
 def _inputs(samples: Samples, batch: int, most: int) -> dict[str, list[Feeds]]:

@@ -36,7 +36,8 @@ def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progre
     Args:
         model: rounded, its graph still float.
         feeds: batches; losses are averaged over them.
-        seconds: stop measuring after this time; sites that it does not reach are left out.
+        seconds: stop measuring after this time; where it is too short for all sites, some evenly spread over
+            the graph are measured, the others left out.
         progress: shows how far.
 
     Returns:
@@ -46,12 +47,18 @@ def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progre
     chain = Segments(model.ir)
     total: dict[str, float] = {}
     seen: dict[str, int] = {}
+    chosen: set[str] | None = None
     for feed in feeds:
-        reference = chain.run(chain.start(feed))
+        if time.monotonic() >= deadline:
+            break
+        begin = time.monotonic()
         boundary = chain.start(feed)
+        reference = chain.run(boundary)
+        if chosen is None:
+            chosen = _affordable(model, chain, seconds / max(time.monotonic() - begin, 1e-9))
         for segment in progress.track(list(chain), "loss of single layers"):
             for site in segment.sites:
-                if site.name in model.weights and time.monotonic() < deadline:
+                if site.name in chosen and time.monotonic() < deadline:
                     change = {weight_name(site): stored_weight(site, model.weights[site.name].decode())}
                     after = segment.run(boundary, change)
                     outputs = chain.run(after, segment.index + 1, change)
@@ -60,7 +67,16 @@ def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progre
             if time.monotonic() >= deadline:
                 break
             boundary = segment.run(boundary)
+            segment.drop()
+    chain.drop()
     return {name: value / seen[name] for name, value in total.items()}
+
+
+def _affordable(model: Model, chain: Segments, runs: float) -> set[str]:
+    """Rounded sites, evenly spread over the graph, that so many runs of the model can pay for at half a run each."""
+    names = [site.name for segment in chain for site in segment.sites if site.name in model.weights]
+    most = max(1, int(min(2 * runs, len(names))))
+    return set(names[:: max(1, -(-len(names) // most))])
 
 
 def extremes(model: Model, limit: int) -> dict[str, list[float]]:

@@ -151,6 +151,11 @@ class Segment:
         """The values of a boundary that this segment itself reads."""
         return self._part.inputs
 
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The values of the next boundary."""
+        return self._after
+
     def run(
         self,
         boundary: Mapping[str, Array],

@@ -127,9 +127,7 @@ def sensitivities(
     chain, data = Segments(model.ir), calibration_of(model)
     most = _largest_batch(data, sites)
     used, length = (min(samples, data.count), None) if samples else _enough(chain, data, kinds, most)
-    batches = list(data.batches(most, used))
-    if length is not None:
-        batches = [shortened(model.ir, feeds, length) for feeds in batches]
+    batches = [shortened(model.ir, feeds, length) for feeds in data.batches(most, used)]
     store = _Store(model, used, length, sorted((kinds or {}).items()))
     mode = effort if effort != "auto" else store.mode(seconds, specs, lambda: _estimate(chain, batches, sites, specs))
     found: list[list[_Measured]] = [[] for _ in sites]

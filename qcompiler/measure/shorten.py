@@ -8,10 +8,10 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-Array = npt.NDArray[Any]
+Feeds = Mapping[str, npt.NDArray[Any]]
 
 
-def shortened(model: ir.Model, feeds: Mapping[str, Array], length: int) -> dict[str, Array]:
+def shortened(model: ir.Model, feeds: Feeds, length: int | None) -> Feeds:
     """The first positions of a text.
 
     Args:
@@ -19,8 +19,10 @@ def shortened(model: ir.Model, feeds: Mapping[str, Array], length: int) -> dict[
             the model leaves open, the same for all. Everything else is returned as it is: half an image is another
             image.
         feeds: one batch.
-        length: positions to keep at most.
+        length: positions to keep at most; all if None.
     """
+    if length is None:
+        return dict(feeds)
     shapes = {value.name: value.shape for value in model.graph.inputs if value.name in feeds}
     lengths = {None if shape is None or len(shape) != 2 else _free_length(shape[1]) for shape in shapes.values()}
     text = all(feeds[name].dtype.kind in "iub" for name in shapes if name is not None)
