@@ -15,6 +15,7 @@ from qcompiler.formats import PerTensor, QTensor, round_scale, spread
 from qcompiler.formats.base import Floats
 
 _BLOCK = 64
+_WIDE = 128
 
 
 def refine(matrix: Floats, hessian: Floats, start: QTensor, sweeps: int) -> QTensor:
@@ -69,18 +70,29 @@ def refine_scales(matrix: Floats, hessian: Floats, start: QTensor) -> QTensor:
     units = _units(start).reshape(shape)
     scale = start.scale.copy().reshape(blocks, shape[1], -1)
     pull = (matrix.reshape(shape) - start.decode().reshape(shape)) @ hessian
-    for group, first in enumerate(range(0, columns, size)):
-        part = slice(first, min(first + size, columns))
-        unit, old = units[..., part], scale[..., group]
-        slope = np.einsum("bnk,bnk->bn", pull[..., part], unit)
-        bend = np.einsum("bnk,bnk->bn", unit @ hessian[:, part, part], unit)
-        wish = old + np.where(bend > 0, slope / np.where(bend > 0, bend, 1), 0)
-        new = round_scale(np.where(wish > 0, wish, old), spec.scale_dtype)
-        step = new - old
-        step = np.where(step * (step * bend - 2 * slope) < 0, step, 0)
-        scale[..., group] = old + step
-        pull -= (step[..., None] * unit) @ hessian[:, part, :]
+    together = max(1, _WIDE // size) * size  # columns between two updates of all later columns
+    for first in range(0, columns, together):
+        last = min(first + together, columns)
+        change = np.empty((*shape[:2], last - first), np.float32)
+        for low in range(first, last, size):
+            part = slice(low, min(low + size, last))
+            unit, old = units[..., part], scale[..., low // size]
+            slope = np.einsum("bnk,bnk->bn", pull[..., part], unit)
+            bend = np.einsum("bnk,bnk->bn", unit @ hessian[:, part, part], unit)
+            step = _step(old, slope, bend, spec.scale_dtype)
+            scale[..., low // size] = old + step
+            moved = step[..., None] * unit
+            change[..., part.start - first : part.stop - first] = moved
+            pull[..., part.stop : last] -= moved @ hessian[:, part, part.stop : last]
+        pull[..., last:] -= change @ hessian[:, first:last, last:]
     return replace(start, scale=scale.reshape(start.scale.shape))
+
+
+def _step(old: Floats, slope: Floats, bend: Floats, dtype: str) -> Floats:
+    """To the least of the parabola, on the grid of stored scales; none if that is not better than no step."""
+    wish = old + np.where(bend > 0, slope / np.where(bend > 0, bend, 1), 0)
+    step = round_scale(np.where(wish > 0, wish, old), dtype) - old
+    return np.where(step * (step * bend - 2 * slope) < 0, step, np.float32(0))
 
 
 def _units(q: QTensor) -> Floats:
