@@ -54,9 +54,9 @@ class Tune(Pass):
 
     epochs: int = 3
     samples: int = 256
-    range_rate: float = 4e-3
-    scale_rate: float = 2e-3
-    bias_rate: float = 2e-3
+    range_rate: float = 1e-3
+    scale_rate: float = 3e-4
+    bias_rate: float = 3e-4
     optional: bool = False
     seed: int = 0
 

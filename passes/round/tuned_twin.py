@@ -104,7 +104,7 @@ class TunedTwin:
     def commit(self, model: Model) -> None:
         """Write what was learned to the side tables of the model."""
         for name, grid in self.grids.items():
-            low, high = (end.item() for end in grid.found())
+            low, high = (end.detach().item() for end in grid.found())
             model.ranges[name] = grid.target.grid(low, high)
         for name, shift in self.shifts.items():
             model.bias_shift[name] = shift.value.detach().numpy().copy()

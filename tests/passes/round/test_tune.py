@@ -52,7 +52,7 @@ def test_tuning_lowers_the_error_and_keeps_the_codes() -> None:
     pytest.importorskip("torch")
     model = rounded()
     before, codes = error(model), {name: q.codes for name, q in model.weights.items()}
-    report = Tune(epochs=12).run(model, Silent())
+    report = Tune(epochs=12, range_rate=4e-3, scale_rate=2e-3, bias_rate=2e-3).run(model, Silent())
     assert report.metrics["kept"]
     assert error(model) < 0.7 * before
     assert all(model.weights[name].codes is found for name, found in codes.items())
