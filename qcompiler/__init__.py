@@ -9,6 +9,7 @@ outputs = qc.load(result.artifact).run(feeds)
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from qcompiler.pipeline import Pipeline
     from qcompiler.plan import Plan, SitePlan
     from qcompiler.progress import Terminal
+
+# ONNX Runtime's wheels report their use to Microsoft over the network unless this is set before the first import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -26,6 +26,7 @@ Array = npt.NDArray[Any]
 _FED_BYTES = 1 << 18  # a matrix from this size on is fed, not stored in the session
 _INLINE_BYTES = 1 << 12  # ORT wants small constants (shapes, axes) inside the model
 _FED_BY = frozenset({"MatMul", "Gemm", "Gather", "Transpose"})
+_UNKNOWN = ("is not a registered function/op", "No Op registered")  # how ORT says that it lacks an operation
 _FOLDER_LESS = "held-in-memory"  # "file" name of tensors that are handed over as arrays
 
 
@@ -81,7 +82,8 @@ class Runner:
         """Run one batch.
 
         Args:
-            feeds: an array for each of `inputs`, and any of `replaceable`; other names are ignored.
+            feeds: an array for each of `inputs`, and any of `replaceable` (cast to the type of what it replaces);
+                other names are ignored.
 
         Returns:
             An array for each of `outputs`.
@@ -95,8 +97,11 @@ class Runner:
         results = {name: np.asarray(feeds[name]) for name in self._echo}
         if self._session is not None:
             given = {name: feeds[name] for name in self.inputs if name not in self._unused}
-            weights = {name: feeds.get(name, own) for name, own in self._defaults.items()}
-            arrays = {name: np.ascontiguousarray(a) for name, a in (given | weights).items()}
+            weights = {
+                name: np.asarray(feeds[name]).astype(own.dtype, copy=False) if name in feeds else own
+                for name, own in self._defaults.items()
+            }
+            arrays = {name: np.asarray(a, order="C") for name, a in (given | weights).items()}
             try:
                 values: Sequence[Any] = self._session.run(self._computed, arrays)
             except Exception as error:  # ORT raises a dozen classes of its own that share no base
@@ -137,7 +142,9 @@ class Runner:
             self._session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # as above
             where = part.graph.name or "model"
-            raise BadModel(f"ONNX Runtime cannot run it ({_reason(error)})", where) from error
+            unknown = any(word in str(error) for word in _UNKNOWN)
+            fix = "a model can be compiled if ONNX Runtime has all of its operations" if unknown else ""
+            raise BadModel(f"ONNX Runtime cannot run it ({_reason(error)})", where, fix) from error
 
 
 def _name(value: ir.Value) -> str:

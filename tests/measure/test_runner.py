@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -142,3 +145,21 @@ def test_wrong_inputs_are_bad_data() -> None:
         runner({"z": np.zeros(3, np.float32)})
     with pytest.raises(BadData, match="cannot take this input"):
         runner({"x": np.zeros((2, 7), np.float32)})
+
+
+def test_replaced_weights_are_cast_to_the_type_of_the_graph() -> None:
+    w = RNG.standard_normal((6, 4)).astype(np.float16)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    half = TensorProto.FLOAT16
+    model = build([node], [value("x", ["n", 6], half)], [value("y", ["n", 4], half)], [constant("w", w)])
+    found = Runner(model, replaceable=["w"])({"x": np.eye(6, dtype=np.float16), "w": 2 * w.astype(np.float32)})["y"]
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, 2 * w)
+
+
+def test_no_usage_is_reported(tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry writes its session file when it starts; compiling must never reach the network."""
+    code = "import qcompiler.measure.runner"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert not list(tmp_path.iterdir())
