@@ -463,3 +463,35 @@ def test_an_encoder_gets_random_tokens() -> None:
 def test_enormous_inputs_are_not_made_up() -> None:
     with pytest.raises(BadModel, match="too large to make up"):
         Calibration.synthetic_for(relus(x=["n", 1 << 20, 1 << 20]))
+
+
+def with_setting() -> ir.Model:
+    """x [n, 3] times a number without axes."""
+    x, k = value("x", ["n", 3]), value("k", [])
+    node = ir.Node("", "Mul", [x, k], outputs=[value("y", ["n", 3])])
+    return build([x, k], [node], [node.outputs[0]])
+
+
+def test_a_number_goes_into_every_call() -> None:
+    x, k = floats(5, 3), np.array(2, np.float32)
+    data = Calibration.from_arrays({"x": x, "k": k}, with_setting())
+    feeds = list(data.batches(2))
+    assert [f["x"].shape[0] for f in feeds] == [2, 2, 1]
+    assert all(f["k"].shape == () and f["k"] == 2 for f in feeds)
+    assert next(data.part(1, 3).batches(4))["k"] == 2
+    other = Calibration.from_arrays({"x": x, "k": np.array(3, np.float32)}, with_setting())
+    assert other.fingerprint != data.fingerprint
+    with pytest.raises(BadData, match="NaN"):
+        Calibration.from_arrays({"x": x, "k": np.array(np.nan, np.float32)}, with_setting())
+
+
+def test_items_with_different_numbers_stay_apart() -> None:
+    items = [{"x": floats(2, 3), "k": np.array(v, np.float32)} for v in (1, 1, 2)]
+    data = Calibration.from_iterable(items, with_setting())
+    assert [(len(f["x"]), float(f["k"])) for f in data.batches(8)] == [(4, 1.0), (2, 2.0)]
+
+
+def test_made_up_inputs_vary_numbers_without_axes() -> None:
+    data = Calibration.synthetic_for(with_setting(), 16)
+    assert data.count == 16
+    assert len({float(f["k"]) for f in data.batches(8)}) > 1

@@ -42,7 +42,7 @@ class Model:
     def _argument(feeds: Mapping[str, Any], name: str, dtype: str, shape: list[Any]) -> Any:
         if name not in feeds:
             raise ValueError(f"input '{name}' is missing")
-        array = np.ascontiguousarray(feeds[name], dtype=dtype)
+        array = np.asarray(feeds[name], dtype=dtype, order="C")
         fits = array.ndim == len(shape) and all(
             not isinstance(want, int) or want == have for want, have in zip(shape, array.shape, strict=True)
         )

@@ -48,10 +48,11 @@ class BiasCorrection(Pass):
     tokens: int = 4096
 
     def requires(self, model: Model) -> None:
-        """Refuse a model that is lowered, not rounded, or without data."""
+        """Refuse a model that is lowered, planned but not rounded, or without data."""
         if model.lowered:
             raise PassRefused("the model is lowered already", where=model.name)
-        if not model.weights and not model.ranges:
+        planned = any(plan.weight is not None for plan in model.plan.sites.values())
+        if not model.weights and not model.ranges and planned:
             raise PassRefused("nothing is quantized yet", where=model.name, fix="run it after a rounding pass")
         if model.calibration is None:
             raise PassRefused("bias correction needs calibration data", where=model.name)
@@ -110,7 +111,8 @@ def _append_shift(graph: ir.Graph, site: Site) -> None:
     if site.layout == "columns-first" and len(site.shape) > 2:
         shape = (*site.shape[:-2], 1, site.shape[-1])
     name = _shift_name(site)
-    shift = ir.val(name, const_value=ir.tensor(np.zeros(shape, np.float32), name=name))
+    dtype = (site.weight.dtype or ir.DataType.FLOAT).numpy()
+    shift = ir.val(name, const_value=ir.tensor(np.zeros(shape, dtype), name=name))
     graph.register_initializer(shift)
     for node in site.users:
         if node.op_type == "Gather":

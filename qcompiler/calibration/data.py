@@ -98,7 +98,7 @@ class Calibration:
         groups: dict[tuple[Any, ...], list[Feeds]] = {}
         for index, item in enumerate(items):
             feeds = _feeds(item, names, f"{source}, item {index}")
-            groups.setdefault(tuple((k, v.shape[1:], str(v.dtype)) for k, v in feeds.items()), []).append(feeds)
+            groups.setdefault(tuple(_kind(k, v) for k, v in feeds.items()), []).append(feeds)
         if not groups:
             raise BadData("holds no samples", source, "give at least one batch")
         blocks: list[Block] = []
@@ -107,7 +107,7 @@ class Calibration:
             if parts[0].layout == "single":
                 blocks += parts
                 continue
-            merged = {k: np.concatenate([f[k] for f in group]) for k in group[0]}
+            merged = {k: np.concatenate([f[k] for f in group]) if v.ndim else v for k, v in group[0].items()}
             blocks.append(feeds_check(model, merged, source))
         return Calibration(tuple(blocks), source)
 
@@ -136,6 +136,8 @@ class Calibration:
         """Hash of names, shapes, types and contents: equal for equal data from any source."""
         digest = hashlib.sha256()
         for block in self.blocks:
+            for name, number in sorted(block.shared.items()):
+                digest.update(f"{name} {number.item()} {block.dtypes[name]} shared".encode())
             for name in sorted(block.arrays):
                 rows = block.arrays[name]
                 shape = (block.count, *rows.shape[1:]) if block.layout != "single" else rows.shape
@@ -243,6 +245,11 @@ class _Picked:
 
 def _rows_in(limit: int, rows: Rows) -> int:
     return max(1, limit // max(1, rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))))
+
+
+def _kind(name: str, array: Array) -> tuple[Any, ...]:
+    """What two arrays must have in common to be joined: all but the number of samples; for a number, its value."""
+    return name, array.shape[1:], str(array.dtype), None if array.ndim else array.item()
 
 
 def _feeds(item: Any, names: Sequence[str], where: str) -> Feeds:

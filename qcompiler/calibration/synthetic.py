@@ -27,6 +27,7 @@ _SIDES = (224, 64, 256, 32, 28)  # of images, tried in this order
 _LENGTHS = (64, 16, 128, 8, 1)  # of sequences
 _TEXT_ROWS, _TEXT_LENGTH = 4, 64  # the cost grows with rows * length^2
 _MAX_ELEMENTS = 1 << 28
+_SETTINGS = 4  # values of inputs that are single numbers, each with its part of the samples
 
 
 def synthetic_feeds(model: ir.Model, samples: int, seed: int, *, text: bool) -> tuple[list[Feeds], str]:
@@ -46,7 +47,8 @@ def synthetic_feeds(model: ir.Model, samples: int, seed: int, *, text: bool) -> 
     if own is not None:
         return [own], "text written by the model itself"
     sizes = _working_sizes(model, roles, runner, rng)
-    batch = 1 if _separate(model) else max(1, min(samples, _fixed_batch(model) or samples))
+    several = _SETTINGS if any(dims(v) == () for v in model.graph.inputs) else 1
+    batch = 1 if _separate(model) else max(1, min(samples // several, _fixed_batch(model) or samples))
     calls = [_random(model, roles, sizes, batch, rng) for _ in range(max(1, -(-samples // batch)))]
     return calls, f"{samples} random inputs"
 
@@ -85,7 +87,7 @@ def _random(
             feeds[str(value.name)] = _floats(shape, rng).astype(dtype)
         elif role.role in ("mask", "types"):
             feeds[str(value.name)] = np.full(shape, int(role.role == "mask"), dtype)
-        elif role.role == "positions":
+        elif role.role == "positions" and shape:
             feeds[str(value.name)] = np.broadcast_to(np.arange(shape[-1]) % role.size, shape).astype(dtype)
         else:
             high = 256 if dtype == np.uint8 and role.role == "codes" else role.size

@@ -8,12 +8,14 @@ batched   every array has its input's rank; the first axis is the samples, the s
 stacked   every array has one axis more than its input: every entry along it is one call of the model. For
           models whose inputs share no batch axis (input [seq, 576] and state [1, 1, 128]).
 single    the ranks fit but the first axes differ: all arrays together are one call.
+
+A number given for an input without axes goes into every call, whatever the layout of the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -55,6 +57,7 @@ class Block:
         layout: see the module.
         step: rows in every batch if the model fixes that, else 0.
         dtypes: what the model's inputs want; rows are cast when they are served.
+        shared: input name -> the number that every call gets.
     """
 
     arrays: Mapping[str, Rows]
@@ -62,6 +65,7 @@ class Block:
     layout: Layout
     step: int
     dtypes: Mapping[str, np.dtype[Any]]
+    shared: Mapping[str, Array] = field(default_factory=dict[str, Array])
 
     def feeds(self, start: int, stop: int) -> dict[str, Array]:
         """Input name -> array for one call; for the stacked layout stop is start + 1.
@@ -76,7 +80,7 @@ class Block:
         missing = self.step - (min(stop, self.count) - start) if self.step else 0
         if missing > 0:
             taken = {k: np.concatenate([v, np.repeat(v[-1:], missing, axis=0)]) for k, v in taken.items()}
-        return {k: _cast(k, v, self.dtypes[k]) for k, v in taken.items()}
+        return {k: _cast(k, v, self.dtypes[k]) for k, v in (taken | dict(self.shared)).items()}
 
 
 def feeds_check(model: ir.Model, arrays: Mapping[str, Rows], where: str = "data") -> Block:
@@ -100,17 +104,22 @@ def feeds_check(model: ir.Model, arrays: Mapping[str, Rows], where: str = "data"
         if name not in arrays:
             raise BadData(f"input '{name}' is missing", where, f"the model's inputs are {known}")
     dtypes = {name: input_dtype(value) for name, value in inputs.items()}
+    shared = {name: np.asarray(rows) for name, rows in arrays.items() if not rows.shape and dims(inputs[name]) == ()}
+    for name, number in shared.items():
+        _check_type(name, number.dtype, dtypes[name], where)
+        _check_finite(name, np.atleast_1d(number), where)
+    arrays = {name: rows for name, rows in arrays.items() if name not in shared}
     layout = _layout(inputs, arrays, where)
     for name, rows in arrays.items():
         _check_shape(name, tuple(rows.shape)[layout == "stacked" :], inputs[name], layout, where)
         _check_type(name, rows.dtype, dtypes[name], where)
     count = 1 if layout == "single" else next(iter(arrays.values())).shape[0]
-    step = _step(inputs) if layout == "batched" else 0
+    step = _step({name: inputs[name] for name in arrays}) if layout == "batched" else 0
     if count < 1:
         raise BadData("holds no samples", where, "give at least one")
     for name, rows in arrays.items():
         _check_finite(name, rows, where)
-    return Block(arrays, count, layout, step, dtypes)
+    return Block(arrays, count, layout, step, dtypes, shared)
 
 
 def input_dtype(value: ir.Value) -> np.dtype[Any]:
@@ -135,6 +144,8 @@ def _dim(dim: Any) -> int | None:
 
 
 def _layout(inputs: Mapping[str, ir.Value], arrays: Mapping[str, Rows], where: str) -> Layout:
+    if not arrays:
+        return "single"
     extra: set[int] = set()
     for name, rows in arrays.items():
         shape, given = dims(inputs[name]), tuple(rows.shape)
@@ -155,7 +166,7 @@ def _layout(inputs: Mapping[str, ir.Value], arrays: Mapping[str, Rows], where: s
         return "stacked"
     if same:
         return "batched"
-    if all(_leading(v) is None for v in inputs.values()):
+    if all(_leading(inputs[name]) is None for name in arrays):
         raise BadData(f"the arrays hold different numbers of samples: {counts}", where)
     return "single"
 
@@ -199,7 +210,7 @@ def _check_finite(name: str, rows: Rows, where: str) -> None:
 
 def _cast(name: str, array: Array, dtype: np.dtype[Any]) -> Array:
     if array.dtype == dtype:
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")
     if dtype.kind in "iu" and array.size:
         bounds = np.iinfo(dtype)
         if array.min() < bounds.min or array.max() > bounds.max:
