@@ -21,6 +21,7 @@ from onnxscript.rewriter.rules.common import (
     fuse_batchnorm_into_gemm_rule,
 )
 
+from qcompiler.capture.padding import explicit_padding
 from qcompiler.errors import BadModel, QcompilerError
 
 OPSET = 21
@@ -67,6 +68,7 @@ def _normalized(model: ir.Model, where: str) -> ir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model = _uplift(model, where)
     _simplify(model)
+    explicit_padding(model)
     _keep_module_paths(model)
     _name_weights(model)
     model.metadata_props.clear()

@@ -76,8 +76,20 @@ def load_onnx(path: Path, workdir: Path | None = None) -> Model:
         raise BadModel(f"holds an invalid operation or type ({root_cause(error)})", str(path)) from error
     _check_finite(captured, sources.notes, str(path))
     captured = normalize(captured, str(path))
+    _check_interface(captured, str(path))
     captured.meta["folder"] = folder  # tensors read from it as long as the graph lives
     return Model(captured, name=path.stem, workdir=folder)
+
+
+def _check_interface(model: ir.Model, where: str) -> None:
+    """Refuse inputs and outputs that no array of numbers can be."""
+    for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
+        for value in values:
+            plain = value.type is None or isinstance(value.type, ir.TensorType)
+            if not plain or value.dtype == ir.DataType.STRING:
+                what = "a text" if plain else f"a {type(value.type).__name__.removesuffix('Type').lower()}"
+                fix = "export a model whose inputs and outputs are tensors of numbers"
+                raise BadModel(f"{kind} '{value.name}' is {what}", where, fix)
 
 
 def _inspect(path: Path) -> tuple[onnx.ModelProto, tensors.Sources]:

@@ -192,7 +192,7 @@ def copy_data(sources: Sources, folder: Path, where: str) -> None:
     total = sum(span.length for span in {s for _, s in sources.spans})
     if total + (1 << 20) > shutil.disk_usage(folder).free:
         raise OutputError(
-            f"no room for a private copy of {total / 1e6:.0f} MB", str(folder), "set TMPDIR to a larger disk"
+            f"no room for a private copy of {total / 1e6:.2f} MB", str(folder), "set TMPDIR to a larger disk"
         )
     try:
         with (folder / DATA_FILE).open("wb") as out:

@@ -203,3 +203,36 @@ def test_memory_stays_far_below_the_model(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
     assert int(result.stdout) * (1 if sys.platform == "darwin" else 1024) < 120e6
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize(("stride", "size"), [(1, 11), (1, "side"), (2, 11), (2, 12), (3, 9)])
+def test_automatic_padding_becomes_numbers(mode: str, stride: int, size: int | str, tmp_path: Path) -> None:
+    conv = oh.make_node("Conv", ["x", "w"], ["y"], auto_pad=mode, strides=[stride] * 2)
+    proto = m.model([conv], [m.tensor("w", 4, 3, 2, 3)], x=("n", 3, size, size))
+    side = size if isinstance(size, int) else 10
+    captured = assert_same(proto, tmp_path, np.random.default_rng(0).standard_normal((2, 3, side, side), np.float32))
+    assert "auto_pad" not in captured.graph[0].attributes
+
+
+def test_automatic_padding_of_a_dilated_kernel(tmp_path: Path) -> None:
+    """ONNX Runtime does not run it as it comes."""
+    conv = oh.make_node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", dilations=[1, 3])
+    proto = m.model([conv], [m.tensor("w", 4, 3, 2, 3)], x=("n", 3, "h", "w"))
+    node = load_onnx(m.saved(proto, tmp_path)).graph[0]
+    assert list(node.attributes["pads"].as_ints()) == [0, 3, 1, 3]
+
+
+def test_padding_that_depends_on_an_unknown_size_stays(tmp_path: Path) -> None:
+    conv = oh.make_node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", strides=[2, 2])
+    captured = assert_same(
+        m.model([conv], [m.tensor("w", 4, 3, 3, 3)], x=("n", 3, "h", "w")), tmp_path, np.ones((1, 3, 7, 8), np.float32)
+    )
+    assert captured.graph[0].attributes.get_string("auto_pad", "") == "SAME_UPPER"
+
+
+def test_outputs_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
+    proto = m.model([oh.make_node("SplitToSequence", ["x"], ["y"], axis=0)], [])
+    proto.graph.output[0].CopyFrom(oh.make_tensor_sequence_value_info("y", onnx.TensorProto.FLOAT, None))
+    with pytest.raises(BadModel, match="output 'y' is a sequence"):
+        load_onnx(m.saved(proto, tmp_path))
