@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,22 @@ from qcompiler.artifact import check_output, compare, load_artifact, new_folder,
 from qcompiler.artifact.verify import FreshProcess
 from qcompiler.errors import BadData, BadModel, OutputError, VerificationFailed
 
+ENTRIES: dict[str, Any] = {
+    "target": "onnx",
+    "seed": 0,
+    "pipeline": "",
+    "inputs": [{"name": "x", "dtype": "float32", "shape": ["n", 4]}],
+    "outputs": [{"name": "y", "dtype": "float32", "shape": ["n", 4]}],
+    "original": None,
+    "calibration": {"kind": "made", "fingerprint": "0", "path": None, "preprocess": None, "tokenizer": None},
+}
+
 
 def make(out: Path, text: str) -> None:
     with new_folder(out) as folder:
         (folder / "weights.bin").write_text(text)
-        write_manifest(folder, {"target": "onnx", "inputs": [{"name": "x", "dtype": "float32", "shape": ["n", 4]}]})
+        (folder / "model.onnx").write_text("a model")
+        write_manifest(folder, ENTRIES)
 
 
 def interrupted(out: Path, error: BaseException) -> None:
@@ -177,3 +189,32 @@ def test_a_child_does_not_count_what_its_parent_held() -> None:
     line = "import qcompiler.artifact.worker as w; print(w.own_peak())"
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
     assert 1 << 20 < int(done.stdout) < held.nbytes
+
+
+@pytest.mark.parametrize("entry", [*ENTRIES, "files", "schema"])
+@pytest.mark.parametrize("value", [None, 3, [3], {"x": 3}, [{"name": "x"}]], ids=str)
+def test_manifests_that_were_tampered_with_are_refused(tmp_path: Path, entry: str, value: object) -> None:
+    make(tmp_path / "a.qc", "text")
+    path = tmp_path / "a.qc" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if (entry, value) in (("original", None), ("seed", 3)):
+        value = "wrong"
+    path.write_text(json.dumps({**manifest, entry: value}))
+    with pytest.raises(BadModel, match=entry):
+        load_artifact(tmp_path / "a.qc")
+    del manifest[entry]
+    path.write_text(json.dumps(manifest))
+    if entry != "original":
+        with pytest.raises(BadModel, match=entry):
+            load_artifact(tmp_path / "a.qc")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../b", "bad\0name"])
+def test_a_manifest_names_only_files_of_its_folder(tmp_path: Path, name: str) -> None:
+    make(tmp_path / "a.qc", "text")
+    path = tmp_path / "a.qc" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = manifest["files"]["weights.bin"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BadModel, match="files"):
+        load_artifact(tmp_path / "a.qc")

@@ -64,7 +64,7 @@ def _is_ours(out: Path) -> bool:
     try:
         manifest: Any = json.loads((out / MANIFEST).read_text("utf-8"))
         return bool(manifest["kind"] == KIND)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
