@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,17 @@ from qcompiler.budget import bits_per_weight, parse_budget, stored_bytes
 from qcompiler.build.emit import emit
 from qcompiler.build.lowering import Lowering, lower
 from qcompiler.build.memory import expected_peak
-from qcompiler.build.recipe import Options, build_pipeline
+from qcompiler.build.recipe import Options, budgets_of, build_pipeline
 from qcompiler.build.samples import Samples, Source, feed_bytes, gather
 from qcompiler.capture.onnx import load_onnx
 from qcompiler.capture.torch import capture
+from qcompiler.errors import BadOption
 from qcompiler.measure.cache import Cache
 from qcompiler.model import Model
 from qcompiler.pipeline import PassReport, Pipeline
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress, Silent
-from qcompiler.target import Feeds, Outputs
+from qcompiler.target import Feeds, Outputs, require_toolchain
 
 if TYPE_CHECKING:
     from qcompiler.calibration import Calibration
@@ -46,7 +47,7 @@ class CompileResult:
     Attributes:
         artifact: the folder; None after `explain`.
         target: name of the backend.
-        budget: as given.
+        budget: as given, or as the pipeline has it.
         bits_per_weight: stored bits, scales and zero points counted, as a "bits" budget counts.
         stored_bytes: of all constants, as a "MB" budget counts.
         fp32_bytes: of the original's constants.
@@ -130,12 +131,14 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     start = time.monotonic()
     progress = progress or Silent()
     options = _options(target, budget, keep, seed, activations)
-    registry.find("backends", target)
+    if not explain:
+        require_toolchain(registry.find("backends", target)())
     source = model if isinstance(model, Model) else load_onnx(Path(model))
     out = Path(output) if output is not None else Path(f"{source.name}.qc")
     if not explain:
         check_output(out)
     passes = build_pipeline(pipeline, source, options)
+    options = replace(options, budget=budgets_of(passes))
     with open_cache(resume) as cache:
         origin = Source(calibration, preprocess, None if tokenizer is None else Path(tokenizer))
         samples = gather(origin, source, seed, progress)
@@ -165,6 +168,10 @@ def _options(
     budgets = (budget,) if isinstance(budget, str) else tuple(budget or ())
     for text in budgets:
         parse_budget(text)
+    if target not in (known := registry.names("backends")):
+        raise BadOption(f"unknown target '{target}'", "--target", f"choose one of {', '.join(sorted(known))}")
+    if seed < 0:
+        raise BadOption(f"the seed {seed} is negative", "--seed", "give 0 or more")
     given = {"target"} | ({"budget"} if budgets else set()) | ({"keep"} if keep else set())
     given |= ({"seed"} if seed else set()) | ({"activations"} if activations != "auto" else set())
     return Options(target, budgets, tuple(keep), seed, activations, frozenset(given))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,8 +61,10 @@ class Runnable(Protocol):
 class Backend(Protocol):
     """A target: frozen data and four verbs.
 
-    It may have a field `activations` ("float", "static" or "dynamic": what its candidates should ask for) and a
-    field `ties` ("none", "inputs" or "adds": which sites must share one plan, see `graph.topology.tie_groups`).
+    It may have a method `require` that raises `MissingExtra` or `BackendUnavailable` where this machine lacks what
+    `compile` needs, so that long work does not start in vain. It may have a field `activations` ("float", "static"
+    or "dynamic": what its candidates should ask for) and a field `ties` ("none", "inputs" or "adds": which sites
+    must share one plan, see `graph.topology.tie_groups`).
     """
 
     @property
@@ -85,3 +87,10 @@ class Backend(Protocol):
     def load(self, folder: Path) -> Runnable:
         """Load what `compile` wrote."""
         ...
+
+
+def require_toolchain(backend: Backend) -> None:
+    """Raise what `backend.require` raises, if it has one."""
+    check: Callable[[], None] | None = getattr(backend, "require", None)
+    if check is not None:
+        check()

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 import qcompiler as qc
 from qcompiler.build.recipe import Options, build_pipeline, default_recipe, fill, recipes
 from qcompiler.build.samples import Source, gather
-from qcompiler.errors import BadModel, BadOption
+from qcompiler.errors import BadModel, BadOption, MissingExtra
 from qcompiler.passes.plan.allocate import Allocate
 from qcompiler.passes.plan.uniform import Uniform
 from qcompiler.progress import Silent
@@ -192,3 +192,55 @@ def test_public_names_exist() -> None:
         assert getattr(qc, name) is not None
     with pytest.raises(AttributeError):
         _ = qc.nothing  # type: ignore[attr-defined]
+
+
+def test_options_that_mean_nothing_name_the_option(work: Path) -> None:
+    with pytest.raises(BadOption, match="--target: unknown target 'toaster'; choose one of cpu, onnx"):
+        qc.compile(work, "toaster")
+    with pytest.raises(BadOption, match="--seed"):
+        qc.compile(work, "onnx", seed=-1)
+
+
+def test_a_missing_toolchain_is_noticed_before_long_work(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "tvm" else found(name, *a))
+    with pytest.raises(MissingExtra, match=r"qcompiler\[tvm\]"):
+        qc.compile("not-even-looked-at.onnx", "cpu")
+    assert qc.compile(work, "cpu", "5bits", batches(), "mixed.toml", explain=True).bits_per_weight <= 5
+
+
+def test_the_budget_is_that_of_the_pipeline_where_none_is_given(work: Path) -> None:
+    assert qc.compile(work, "onnx", None, batches(), "mixed.toml", explain=True).budget == ("4bits",)
+    result = qc.compile(work, "onnx", ("5bits", "6bits"), batches(), "mixed.toml", explain=True)
+    assert result.budget == ("5bits", "6bits")
+
+
+@pytest.mark.parametrize(("op", "reason"), [("Relu", ""), ("MatMul", "left operand")])
+def test_a_model_without_weights_to_quantize_is_passed_through(work: Path, op: str, reason: str) -> None:
+    weights = [numpy_helper.from_array(np.eye(32, dtype="f"), "w")] if op == "MatMul" else []
+    node = helper.make_node(op, ["w", "x"] if weights else ["x"], ["y"])
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [32, 32]) for name in "xy"]
+    graph = helper.make_graph([node], "g", values[:1], values[1:], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), "plain.onnx")
+    notes: list[str] = []
+    listening = type("Listening", (Silent,), {"note": lambda self, text: notes.append(text)})()
+    result = qc.compile("plain.onnx", "onnx", "4bits", pipeline="convolutional", progress=listening)
+    assert any("stays as it is" in note for note in notes)
+    assert all(reason in note for note in notes if "cannot be quantized:" in note)
+    assert bool(reason) == any(reason in r.reason for report in result.reports for r in report.refused)
+    x = np.random.default_rng(0).normal(size=(32, 32)).astype("f")
+    np.testing.assert_allclose(result.run({"x": x})["y"], np.maximum(x, 0) if op == "Relu" else x, rtol=1e-6)
+
+
+def test_half_precision_models_compile(work: Path) -> None:
+    half = onnx.load(work)
+    for tensor in half.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("e"), tensor.name))
+    for value in (*half.graph.input, *half.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(half, "half.onnx")
+    result = qc.compile("half.onnx", "onnx", "5bits", pipeline="convolutional")
+    assert result.fidelity["sqnr_db"] is not None
+    assert result.fidelity["sqnr_db"] > 10

@@ -40,6 +40,11 @@ class CpuBackend:
     name: str = "cpu"
     cpu: str = ""
 
+    def require(self) -> None:
+        """Raise MissingExtra where TVM is not installed."""
+        if any(importlib.util.find_spec(name) is None for name in ("tvm", "tvm_ffi")):
+            raise MissingExtra("tvm", "target cpu")
+
     def candidates(self, site: Site, bits: Sequence[int]) -> list[SitePlan]:
         """Products: grouped weights, int8 rows at run time; convolutions: weights per channel, static uint8."""
         plans: list[SitePlan] = []
@@ -76,7 +81,7 @@ class CpuBackend:
             PassRefused: the model is not lowered.
             BadModel: an operation that neither TVM nor we have, or a packed weight without a kernel.
         """
-        _require_tvm()
+        self.require()
         if not model.lowered:
             raise PassRefused("the model is not lowered", where=model.name, fix="run InsertQDQ before the backend")
         from qcompiler.backends.tvm.build import build_library, features_of, has_vnni, host_target
@@ -105,7 +110,7 @@ class CpuBackend:
 
     def load(self, folder: Path) -> Runnable:
         """Load an artifact with the same loader that lies in its folder."""
-        _require_tvm()
+        self.require()
         from qcompiler.backends.tvm.runtime import load
 
         return load(folder)
@@ -127,11 +132,6 @@ def _product_refusal(site: Site) -> str | None:
     if any(node.op_type == "Gemm" and node.attributes.get_int("transA", 0) for node in site.users):
         return "Gemm with transA has no packed kernel"
     return None
-
-
-def _require_tvm() -> None:
-    if importlib.util.find_spec("tvm") is None:
-        raise MissingExtra("tvm", "target cpu")
 
 
 def _rounds_activations(model: ir.Model) -> bool:

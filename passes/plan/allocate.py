@@ -14,7 +14,7 @@ from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
 from qcompiler.measure.sensitivity import sensitivities
 from qcompiler.model import Model
-from qcompiler.passes.plan.candidates import Activations, Menu, menu, site_bits, target_for
+from qcompiler.passes.plan.candidates import Activations, Menu, menu, passed_over, site_bits, target_for
 from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import Plan, SitePlan
@@ -100,7 +100,7 @@ class Allocate(Pass):
         progress.note(
             f"allocate: {bits:.3f} bits per weight, predicted loss {solution.objective:.4g}, gap {solution.gap:.2%}"
         )
-        refused += [refusal for m in menus for refusal in m.refused]
+        refused += [*(refusal for m in menus for refusal in m.refused), *passed_over(model, sites, progress)]
         table = _table(ledger, losses, solution)
         metrics = {"bits_per_weight": bits, "stored_bytes": size, "sites": table, "measured": measured}
         return PassReport("allocate", len(decided), tuple(refused), metrics)

@@ -10,10 +10,12 @@ import numpy as np
 
 from qcompiler import registry
 from qcompiler.errors import Refusal
-from qcompiler.formats import PerGroup, QuantSpec
+from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec
 from qcompiler.formats.fit import quantize
-from qcompiler.graph.sites import Site
+from qcompiler.graph.sites import Site, skipped_weights
+from qcompiler.model import Model
 from qcompiler.plan import ActivationMode, SitePlan
+from qcompiler.progress import Progress
 from qcompiler.target import Backend
 
 Activations = Literal["auto", "float", "static", "dynamic"]
@@ -32,6 +34,18 @@ class Menu:
     def bits(self) -> list[int]:
         """Stored bits of every option."""
         return [site_bits(self.site, plan) for plan in self.plans]
+
+
+def passed_over(model: Model, sites: Sequence[Site], progress: Progress) -> list[Refusal]:
+    """The weights that are no sites, with reasons; the user is told, as no budget in bits counts them."""
+    skipped = skipped_weights(model.ir)
+    if skipped:
+        first = f"'{skipped[0].where}': {skipped[0].reason}"
+        more = f", and {len(skipped) - 1} more (see the report)" if len(skipped) > 1 else ""
+        progress.note(f"cannot be quantized: {first}{more}")
+    if not sites:
+        progress.note("the model has no weights that can be quantized: it stays as it is")
+    return skipped
 
 
 def target_for(name: str, activations: Activations) -> Backend:
@@ -58,7 +72,8 @@ def menu(
     offered += [p for plan in offered for p in _regrouped(plan, group_sizes) if backend.supports(site, p) is None]
     plans, refused = _with_activations(backend, site, offered, activations)
     if not plans:
-        reason = "the target offers no format for it" if not offered else "no offered format can be run"
+        plain = SitePlan(QuantSpec(Int(8), PerChannel(), True))
+        reason = backend.supports(site, plain) or "the target offers no format for it"
         return Menu(site, (), (*refused, Refusal(site.name, f"stays float: {reason}")))
     first = {_storage(site, plan): plan for plan in reversed(plans)}  # the target names the fastest first
     ordered = sorted(first.values(), key=lambda plan: (site_bits(site, plan), str(plan.weight)))

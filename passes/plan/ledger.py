@@ -39,8 +39,9 @@ class Ledger:
     def of(model: Model, sites: Sequence[Site], menus: Sequence[Menu], kept: Sequence[str]) -> Ledger:
         """Sort all that the model stores; `menus` are those of the sites that are not kept."""
         floats = [m.site for m in menus if not m.plans]
+        reasons = {m.site.name: m.refused[-1].reason if m.refused else "float" for m in menus}
         held = [site for site in sites if site.name in kept]
-        left = [(f"{s.name} (float)", float_bits(s) // 8) for s in floats]
+        left = [(f"{s.name} ({reasons[s.name]})", float_bits(s) // 8) for s in floats]
         others = [(f"{s.name} (kept)", float_bits(s) // 8) for s in held]
         others.append(("constants that are no weights", other_bytes(model, sites)))
         return Ledger(
@@ -99,7 +100,13 @@ class Ledger:
         least = [(m.site.name, min(m.bits()) // 8) for m in self.menus]
         counted = [*least, *self.floats, *(self.others if budget.kind == "bytes" else ())]
         largest = sorted(counted, key=lambda item: -item[1])[:3]
-        return ", ".join(f"{name} ({size / 1e6:.3g} MB)" for name, size in largest)
+        return ", ".join(f"{name} ({_size(size)})" for name, size in largest)
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in the units of a budget."""
+    unit, scale = next((u, s) for u, s in (("MB", 10**6), ("kB", 10**3), ("B", 1)) if count >= s or s == 1)
+    return f"{count / scale:.3g} {unit}"
 
 
 def assert_within(model: Model, budgets: Sequence[Budget]) -> tuple[float, int]:

@@ -10,7 +10,7 @@ from qcompiler.errors import BadOption, Refusal
 from qcompiler.formats import QuantSpec, parse_spec
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
-from qcompiler.passes.plan.candidates import activation_for
+from qcompiler.passes.plan.candidates import activation_for, passed_over
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import ActivationMode, Plan, SitePlan
 from qcompiler.progress import Progress
@@ -62,6 +62,7 @@ class Uniform(Pass):
             refused += refusals
             if plan is not None:
                 decided[site.name] = plan
+        refused += passed_over(model, sites, progress)
         model.plan = Plan(decided, kept=kept)
         metrics = {"bits_per_weight": bits_per_weight(model), "stored_bytes": stored_bytes(model)}
         progress.note(

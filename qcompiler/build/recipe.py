@@ -95,6 +95,15 @@ def fill(pipeline: Pipeline, options: Options) -> Pipeline:
     return replace(pipeline, passes=passes)
 
 
+def budgets_of(pipeline: Pipeline) -> tuple[str, ...]:
+    """The budgets that the passes of a filled pipeline keep to: the user's, the file's or the default."""
+    found: dict[str, None] = {}
+    for item in pipeline.passes:
+        value = getattr(item, "budget", ())
+        found |= dict.fromkeys((value,) if isinstance(value, str) else value)
+    return tuple(found)
+
+
 def _as_field(f: Field[Any], value: Any) -> Any:
     """A tuple for a field of tuples; the only entry for a field that holds one."""
     if isinstance(value, tuple) and not isinstance(f.default, tuple):

@@ -192,7 +192,7 @@ def test_infeasible_budgets_are_refused_before_measuring_and_name_what_takes_the
     message = str(caught.value)
     assert "2.49bits cannot be met" in message
     assert "smallest feasible budget is 2.5000bits" in message
-    assert "wide (0.00512 MB), q (0.00128 MB), out (0.00128 MB)" in message
+    assert "wide (5.12 kB), q (1.28 kB), out (1.28 kB)" in message
     assert not measured.calls
 
 
@@ -201,7 +201,7 @@ def test_kept_sites_stay_float_and_leave_the_average(measured: Measured) -> None
     assert "wide" not in done.plan.sites
     assert done.plan.kept == ("wide",)
     assert bits_per_weight(done) <= 3
-    with pytest.raises(BudgetInfeasible, match=r"wide \(kept\) \(0.0655 MB\)"):
+    with pytest.raises(BudgetInfeasible, match=r"wide \(kept\) \(65.5 kB\)"):
         run(Allocate("60kB", keep=("wide",)))
     with pytest.raises(BadOption, match="matches no site"):
         run(Allocate("3bits", keep=("nothing",)))
@@ -215,7 +215,7 @@ def test_what_the_target_cannot_hold_stays_float_inside_the_average(
     assert "k" not in done.plan.sites
     assert bits_per_weight(done) <= 6
     assert [(r.where, "float" in r.reason) for r in report.refused] == [("k", True)]
-    with pytest.raises(BudgetInfeasible, match=r"k \(float\)"):
+    with pytest.raises(BudgetInfeasible, match=r"k \(stays float: it has no kernel for this\)"):
         run(Allocate("3bits"))
 
 
