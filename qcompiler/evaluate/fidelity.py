@@ -62,11 +62,13 @@ class FidelityMeter:
         """What was seen so far.
 
         Returns:
-            sqnr_db: 10 log10(signal / noise), the mean over the outputs where there are several.
+            sqnr_db: 10 log10(signal / noise), the mean over the outputs that differ where there are several.
             kl: mean of KL(reference || output) over the rows, in nats; None where no output is class scores.
             top1_agreement: share of rows with the same best class; None likewise.
         """
-        ratios = [10 * np.log10(s / max(self._noise[n], 1e-30)) for n, s in self._signal.items() if s > 0]
+        heard = [name for name, signal in self._signal.items() if signal > 0]
+        heard = [name for name in heard if self._noise[name] > 0] or heard  # an exact copy says nothing of the rest
+        ratios = [10 * np.log10(self._signal[name] / max(self._noise[name], 1e-30)) for name in heard]
         return {
             "sqnr_db": float(np.mean(ratios)) if ratios else None,
             "kl": self._divergence / self._rows if self._rows else None,

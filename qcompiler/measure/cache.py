@@ -69,7 +69,7 @@ class Cache:
             temporary.replace(path)
         except OSError as error:
             reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-            fix = "free some room, or give another cache folder"
+            fix = "free some room, set QCOMPILER_CACHE to another folder, or give --no-resume"
             raise OutputError(f"cannot be written ({reason})", f"cache {self.folder}", fix) from error
         finally:
             if temporary is not None:

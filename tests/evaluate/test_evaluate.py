@@ -83,3 +83,10 @@ def test_perplexity_refuses_what_it_cannot_judge() -> None:
         perplexity(run, np.zeros((3, 1), np.int64))
     with pytest.raises(BadData, match="outside"):
         perplexity(run, np.full((1, 4), 5))
+
+
+def test_an_output_that_is_copied_does_not_flatter_the_others() -> None:
+    reference = {"x": np.ones((4, 3), np.float32), "y": np.ones((4, 3), np.float32)}
+    outputs = {"x": reference["x"], "y": reference["y"] * np.float32(1.1)}
+    assert fidelity(reference, outputs)["sqnr_db"] == pytest.approx(20, abs=0.1)
+    assert fidelity(reference, reference)["sqnr_db"] > 200
