@@ -3,13 +3,15 @@
 `qcompile MODEL ...` compiles; `qcompile run|eval|bench|diagnose OUT ...` work on what came out. Standard output
 carries results only (with --json one object, as the last line), standard error progress and messages.
 
-Exit codes: 0 done; 1 a bug of ours; 2 bad input, one line says what, where, what to do; 130 interrupted.
+Exit codes: 0 done; 1 a bug of ours; 2 bad input, one line says what, where, what to do; 130 interrupted;
+143 terminated.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -54,7 +56,11 @@ _register()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave the process with its exit code."""
+    """Run the command line and leave the process with its exit code.
+
+    A request to terminate unwinds as an error does, so that it leaves nothing half-written behind.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -83,6 +83,17 @@ def test_what_appears_at_the_place_meanwhile_is_not_overwritten(tmp_path: Path) 
     assert [p.name for p in tmp_path.iterdir()] == ["a.qc"]
 
 
+def test_a_link_to_an_artifact_stays_a_link(tmp_path: Path) -> None:
+    make(tmp_path / "a.qc", "first")
+    link = tmp_path / "link.qc"
+    link.symlink_to("a.qc")
+    check_output(link)
+    make(link, "second")
+    assert link.is_symlink()
+    assert (tmp_path / "a.qc" / "weights.bin").read_text() == "second"
+    assert {p.name for p in tmp_path.iterdir()} == {"a.qc", "link.qc"}
+
+
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     out = tmp_path / "a.qc"
     out.mkdir()

@@ -26,19 +26,20 @@ def check_output(out: Path) -> None:
         OutputError: it exists and is not an artifact, or its parent cannot be written.
     """
     _refuse_foreign(out)
-    _temporary(out).rmdir()
+    _temporary(_behind_links(out)).rmdir()
 
 
 @contextmanager
 def new_folder(out: Path) -> Generator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends, and vanishes if it fails.
 
-    An earlier artifact at `out` is replaced only then.
+    An earlier artifact at `out` is replaced only then; a link to one stays, and what it points to is replaced.
 
     Raises:
         OutputError: as in `check_output`, or the disk is full.
     """
     _refuse_foreign(out)
+    out = _behind_links(out)
     folder = _temporary(out)
     try:
         yield folder
@@ -58,6 +59,10 @@ def _refuse_foreign(out: Path) -> None:
     if out.is_dir() and (not any(out.iterdir()) or _is_ours(out)):
         return
     raise OutputError("exists and is not an artifact of qcompile", str(out), "remove it or choose another -o")
+
+
+def _behind_links(out: Path) -> Path:
+    return out.resolve() if out.is_symlink() else out
 
 
 def _is_ours(out: Path) -> bool:
