@@ -167,6 +167,12 @@ def test_explain_writes_nothing(work: Path, capsys: pytest.CaptureFixture[str]) 
     assert left_behind(work) == set()
 
 
+def test_explain_lists_what_is_kept(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "plain.toml").write_text(PIPELINE.replace("[[pass]]", '[[pass]]\nkeep = ["node"]', 1))
+    assert run_command(compile_line("--explain")) == 0
+    assert "float (kept)" in capsys.readouterr().out
+
+
 def test_no_resume_leaves_no_cache(work: Path) -> None:
     assert run_command(compile_line("--no-resume")) == 0
     assert not (work / "cache").exists()

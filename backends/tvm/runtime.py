@@ -36,7 +36,7 @@ class Model:
         result = self._machine["main"](*arguments, *self._weights)
         names = self._facts["outputs"]
         values = [result] if len(names) == 1 else list(result)
-        return {name: value.numpy() for name, value in zip(names, values, strict=True)}
+        return {name: _array(value) for name, value in zip(names, values, strict=True)}
 
     @staticmethod
     def _argument(feeds: Mapping[str, Any], name: str, dtype: str, shape: list[Any]) -> Any:
@@ -49,6 +49,11 @@ class Model:
         if not fits:
             raise ValueError(f"input '{name}' has shape {list(array.shape)}, the model takes {shape}")
         return tvm.runtime.tensor(array)
+
+
+def _array(value: Any) -> Any:
+    """An output; where the model returns a shape, TVM gives a tuple of numbers."""
+    return value.numpy() if hasattr(value, "numpy") else np.asarray([int(d) for d in value], np.int64)
 
 
 def _check_cpu(features: list[str]) -> None:

@@ -71,6 +71,7 @@ def _print_plan(result: CompileResult) -> None:
         [name, str(plan.weight) if plan.weight else "float", plan.activation]
         for name, plan in result.plan.sites.items()
     ]
+    rows += [[name, "float (kept)", "float"] for name in result.plan.kept]
     print_table(["layer", "weights", "activations"], rows, left=3)
     print_facts(
         [

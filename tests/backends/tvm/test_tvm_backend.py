@@ -157,6 +157,18 @@ def test_a_language_model_runs_in_a_fresh_process_with_any_length(tmp_path: Path
         loaded.run({"ids": np.zeros(3, np.int64)})
 
 
+def test_an_output_may_be_the_shape_of_another(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="m"), helper.make_node("Shape", ["y"], ["s"])]
+    model = make(nodes, {"x": ["n", 32]}, ["y"], {"w": normal(32, 8)})
+    size = model.graph[-1].outputs[0]
+    size.type, size.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([2])
+    model.graph.outputs.append(size)
+    CpuBackend().compile(lower(model, first_plans(model, 4)), tmp_path, Silent())
+    found = CpuBackend().load(tmp_path).run({"x": normal(3, 32)})["s"]
+    assert found.dtype == np.int64
+    assert found.tolist() == [3, 8]
+
+
 def test_weights_lie_packed_and_a_tied_weight_lies_once(tmp_path: Path) -> None:
     model = language_model()
     lower(model, first_plans(model, 3, activation="float"))
