@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from qcompiler.backends.tvm.conv_sites import conv_problem, geometry_of
+from qcompiler.backends.tvm.decompose import decompose
 from qcompiler.backends.tvm.geometry import FlatFormat
 from qcompiler.backends.tvm.kernels import KernelSet
 from qcompiler.backends.tvm.layout import QUAD, Tiling
@@ -52,6 +53,7 @@ class Rewrite:
 
     def run(self) -> None:
         """Replace all packed weights; BadModel names the first one that no kernel takes."""
+        decompose(self.model)
         rules = {"MatMul": self._matmul, "Gemm": self._gemm, "Gather": self._gather, "Conv": self._conv}
         for node in list(self.model.graph):
             rule = rules.get(node.op_type)
