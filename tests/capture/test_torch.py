@@ -84,3 +84,11 @@ def test_without_torch_the_message_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtra, match=r"pip install 'qcompiler\[torch\]'"):
         capture(nn.Identity(), ())
+
+
+def test_public_name_works_after_parts_of_the_package_were_imported() -> None:
+    import qcompiler
+    import qcompiler.capture.onnx  # binds the package to the name qcompiler.capture
+
+    for _ in range(2):
+        assert qcompiler.capture(nn.Linear(3, 2), (torch.zeros(2, 3),)).name == "linear"
