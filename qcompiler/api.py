@@ -19,6 +19,7 @@ from qcompiler.build.lowering import Lowering, lower
 from qcompiler.build.memory import expected_peak
 from qcompiler.build.recipe import Options, budgets_of, build_pipeline
 from qcompiler.build.samples import Samples, Source, feed_bytes, gather
+from qcompiler.build.suitable import check_suitable
 from qcompiler.capture.onnx import load_onnx
 from qcompiler.capture.torch import capture
 from qcompiler.errors import BadOption
@@ -131,9 +132,11 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     start = time.monotonic()
     progress = progress or Silent()
     options = _options(target, budget, keep, seed, activations)
+    backend = registry.find("backends", target)()
     if not explain:
-        require_toolchain(registry.find("backends", target)())
+        require_toolchain(backend)
     source = model if isinstance(model, Model) else load_onnx(Path(model))
+    check_suitable(source, backend)
     out = Path(output) if output is not None else Path(f"{source.name}.qc")
     if not explain:
         check_output(out)

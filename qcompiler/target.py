@@ -62,9 +62,10 @@ class Backend(Protocol):
     """A target: frozen data and four verbs.
 
     It may have a method `require` that raises `MissingExtra` or `BackendUnavailable` where this machine lacks what
-    `compile` needs, so that long work does not start in vain. It may have a field `activations` ("float", "static"
-    or "dynamic": what its candidates should ask for) and a field `ties` ("none", "inputs" or "adds": which sites
-    must share one plan, see `graph.topology.tie_groups`).
+    `compile` needs, and a method `check` that takes a captured `Model` and raises `BadModel` where it holds an
+    operator that `compile` will refuse, so that long work does not start in vain. It may have a field `activations`
+    ("float", "static" or "dynamic": what its candidates should ask for) and a field `ties` ("none", "inputs" or
+    "adds": which sites must share one plan, see `graph.topology.tie_groups`).
     """
 
     @property
@@ -94,3 +95,10 @@ def require_toolchain(backend: Backend) -> None:
     check: Callable[[], None] | None = getattr(backend, "require", None)
     if check is not None:
         check()
+
+
+def check_operators(backend: Backend, model: Model) -> None:
+    """Raise what `backend.check` raises, if it has one."""
+    check: Callable[[Model], None] | None = getattr(backend, "check", None)
+    if check is not None:
+        check(model)

@@ -42,8 +42,15 @@ class CpuBackend:
 
     def require(self) -> None:
         """Raise MissingExtra where TVM is not installed."""
-        if any(importlib.util.find_spec(name) is None for name in ("tvm", "tvm_ffi")):
+        if not _is_installed():
             raise MissingExtra("tvm", "target cpu")
+
+    def check(self, model: Model) -> None:
+        """Raise BadModel for an operator that neither TVM nor we have; without TVM nobody knows."""
+        if _is_installed():
+            from qcompiler.backends.tvm.operators import check_operators
+
+            check_operators(model.ir, model.name)
 
     def candidates(self, site: Site, bits: Sequence[int]) -> list[SitePlan]:
         """Products: grouped weights, int8 rows at run time; convolutions: weights per channel, static uint8."""
@@ -114,6 +121,10 @@ class CpuBackend:
         from qcompiler.backends.tvm.runtime import load
 
         return load(folder)
+
+
+def _is_installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("tvm", "tvm_ffi"))
 
 
 def _conv_refusal(site: Site) -> str | None:

@@ -10,11 +10,13 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+_DOMAINS = ("", "ai.onnx")
 _END = np.iinfo(np.int64).max
 
 
@@ -22,7 +24,7 @@ def decompose(model: ir.Model) -> None:
     """Replace every operation that `refusal` has nothing against, in place."""
     for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
         rule = _RULES.get(node.op_type)
-        if rule is None or node.domain not in ("", "ai.onnx") or refusal(node) is not None:
+        if rule is None or not decomposed(node):
             continue
         graph = node.graph
         assert graph is not None
@@ -36,9 +38,14 @@ def decompose(model: ir.Model) -> None:
         graph.remove(node, safe=True)
 
 
+def decomposed(node: ir.Node) -> bool:
+    """Whether `decompose` replaces a node."""
+    return node.op_type in _RULES and node.domain in _DOMAINS and refusal(node) is None
+
+
 def refusal(node: ir.Node) -> str | None:
     """Why a node of these operators cannot be written out, or None; None for all other operators."""
-    if node.op_type not in _RULES or node.domain not in ("", "ai.onnx"):
+    if node.domain not in _DOMAINS:
         return None
     if node.op_type == "Attention":
         return _attention_refusal(node)
@@ -89,7 +96,7 @@ class _Builder:
         return self.op("Range", self.constant(np.array(0)), self.length(x, axis), self.constant(np.array(1)))
 
 
-def _dtype(node: ir.Node) -> np.dtype[np.generic]:
+def _dtype(node: ir.Node) -> np.dtype[Any]:
     first = node.inputs[0]
     known = first.dtype if first is not None else None
     return np.dtype(np.float32) if known is None else known.numpy()
