@@ -27,6 +27,7 @@ LIBRARY, WEIGHTS, FACTS, RUNTIME = "model.so", "model.npz", "model.json", "runti
 EXACT = Tolerance(1e-3, "order of float32 sums")
 ROUNDED = Tolerance(1e-3, "order of float32 sums, which flips some roundings of 8-bit activations", noise=4e-6)
 WIDTHS = range(2, 9)
+_CONV_GROUP = 32  # columns (input channels x kernel) that share a scale
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class CpuBackend:
             check_operators(model.ir, model.name)
 
     def candidates(self, site: Site, bits: Sequence[int]) -> list[SitePlan]:
-        """Products: grouped weights, int8 rows at run time; convolutions: weights per channel, static uint8."""
+        """Products: grouped weights, int8 rows at run time; convolutions: static uint8, rows or groups."""
         plans: list[SitePlan] = []
         for width in sorted(set(bits) & set(WIDTHS), reverse=True):
             if site.op in ("Conv", "ConvTranspose"):
-                specs, activation = [QuantSpec(Int(width), PerChannel(), True)], "static"
+                specs, activation = _conv_specs(site, width), "static"
             elif width == 8:
                 specs, activation = [QuantSpec(Int(8), PerChannel(), True)], "dynamic"
             else:
@@ -125,6 +126,16 @@ class CpuBackend:
 
 def _is_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("tvm", "tvm_ffi"))
+
+
+def _conv_specs(site: Site, width: int) -> list[QuantSpec]:
+    """One scale a row, with zero points below 8 bits; groups of columns where codes are few and rows long."""
+    if width == 8:
+        return [QuantSpec(Int(8), PerChannel(), True)]
+    specs = [QuantSpec(UInt(width), PerChannel(), False)]
+    if width <= 4 and site.groups == 1 and site.columns >= 2 * _CONV_GROUP:
+        specs.append(QuantSpec(UInt(width), PerGroup(_CONV_GROUP), False))
+    return specs
 
 
 def _conv_refusal(site: Site) -> str | None:

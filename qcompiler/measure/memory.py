@@ -9,6 +9,9 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 
+_WORTH_TRIMMING = 1 << 22  # bytes of weights; walking all heaps takes longer than small temporaries are worth
+
+
 def give_back(values: Iterable[ir.Value] = ()) -> None:
     """Let the system take memory that nothing needs at present.
 
@@ -17,10 +20,14 @@ def give_back(values: Iterable[ir.Value] = ()) -> None:
             this process until they are let go. They stay usable: the next access reads the file again, which the
             system usually still holds.
     """
+    held = 0
     for value in values:
         tensor = value.const_value
+        held += 0 if tensor is None else tensor.nbytes
         if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
             tensor.raw.madvise(mmap.MADV_DONTNEED)
+    if held < _WORTH_TRIMMING:
+        return
     # The C library keeps what large temporaries leave free, in one heap for each thread of ONNX Runtime.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc only
