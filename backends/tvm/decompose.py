@@ -241,7 +241,7 @@ def _weights(b: _Builder, scores: ir.Value, q: ir.Value, k: ir.Value, past_k: ir
     """The softmax of the masked scores; zeros for a query that may see no key."""
     mask = b.input(3)
     if mask is not None and mask.dtype != ir.DataType.BOOL:
-        scores, mask = b.op("Add", scores, mask), None
+        scores, mask = b.op("Add", scores, mask), b.op("Greater", mask, b.scalar(-math.inf))
     allowed = [mask] if mask is not None else []
     lengths = b.input(6)
     if lengths is not None:

@@ -38,7 +38,8 @@ def _our_converters(kernels: KernelSet) -> Generator[None]:
         kernel_set = kernels
 
     ours = {"MatMul": FloatProduct, "QcRows": Rows, "QcMatMul": Product, "QcGather": Lookup, "QcConv": Convolution}
-    onnx_frontend._get_convert_map = lambda: {**original(), **ours, "Range": Range, "Gather": Gather}
+    fixed = {"Range": Range, "Gather": Gather, "Reshape": Reshape}
+    onnx_frontend._get_convert_map = lambda: {**original(), **ours, **fixed}
     try:
         yield
     finally:
@@ -165,9 +166,9 @@ class Range(onnx_frontend.OnnxOpConverter):
 
 
 def _integer(value: Expr) -> int | None:
-    """The value of a constant integer scalar."""
+    """The value of a constant that is one integer."""
     constant = value.value.numpy() if isinstance(value, ir.GenericConst) else None
-    return int(constant.item()) if constant is not None and constant.dtype.kind == "i" else None
+    return int(constant.item()) if constant is not None and constant.dtype.kind == "i" and constant.size == 1 else None
 
 
 _THEIR_RANGE = onnx_frontend.Range._impl_v12
@@ -185,3 +186,16 @@ class Gather(onnx_frontend.OnnxOpConverter):
 
 
 _THEIR_GATHER = onnx_frontend.Gather._impl_v13
+
+
+class Reshape(onnx_frontend.OnnxOpConverter):
+    """Reshape that makes a list of one dimension out of a dimension of the model."""
+
+    @classmethod
+    def _impl_v13(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], params: Any) -> Expr:
+        if ir.is_prim_expr(inputs[0]) and _integer(inputs[1]) in (1, -1):
+            return relax.ShapeExpr([inputs[0]])
+        return _THEIR_RESHAPE(bb, inputs, attr, params)
+
+
+_THEIR_RESHAPE = onnx_frontend.Reshape._impl_v13

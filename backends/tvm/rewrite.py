@@ -67,6 +67,7 @@ class Rewrite:
                 raise BadModel("target cpu has no packed kernel for this weight", where, "keep it in float (--keep)")
         common.InlinePass()(self.model)
         self._large_constants()
+        self._read_constants()
         self.model.graph.inputs.extend(self.parameters.values)
         self.model.graph.opset_imports.setdefault(DOMAIN, 1)
 
@@ -198,6 +199,13 @@ class Rewrite:
                 continue
             value.replace_all_uses_with(self.parameters.constant(tensor.numpy()))
             del self.model.graph.initializers[name]
+
+    def _read_constants(self) -> None:
+        """Read the constants that are left from their files, which TVM does not know."""
+        for value in self.model.graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy().copy(), tensor.dtype, name=tensor.name)
 
 
 def _product_weight(value: ir.Value | None) -> PackedWeight | None:

@@ -84,6 +84,7 @@ CASES: dict[str, tuple[dict[str, Any], np.ndarray | None]] = {
     "causal": ({"is_causal": 1}, None),
     "scaled and capped": ({"scale": 0.3, "softcap": 1.5}, None),
     "bias": ({}, normal(5, 5)),
+    "bias of minus infinity": ({}, np.where(PADDED & LOWER, 0, -np.inf).astype(np.float32)),
     "capped bias": ({"softcap": 2.0}, normal(2, 1, 5, 5)),
     "bool": ({}, LOWER),
     "capped bool": ({"softcap": 2.0}, LOWER),
@@ -175,6 +176,30 @@ class Llama(torch.nn.Module):
         x = x + self.o(y.transpose(1, 2).flatten(2))
         h = self.norm2(x)
         return self.head(x + self.down(torch.nn.functional.silu(self.gate(h)) * self.up(h)))
+
+
+class Rotated(torch.nn.Module):
+    """Attention of torch's own module over rows that a small stored table rotates."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(50, 8))
+        self.inner, self.head = torch.nn.MultiheadAttention(64, 4, batch_first=True), torch.nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two = x.unflatten(-1, (4, 16)).chunk(2, -1)
+        table = self.table[: x.shape[1], None]
+        x = torch.cat([one * table, two * table], -1).flatten(2)
+        return self.head(self.inner(x, x, x, need_weights=False)[0])
+
+
+def test_attention_module_of_torch_over_any_length_is_verified(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shapes = ({0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=2, max=40)},)
+    model = qcompiler.capture(Rotated(), (torch.randn(2, 7, 64),), dynamic_shapes=shapes)
+    assert qcompiler.compile(model, "cpu", "6bits", output=tmp_path / "m.qc", resume=False).verified
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
