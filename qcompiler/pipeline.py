@@ -51,7 +51,7 @@ class Pass(ABC):
 
     contract: ClassVar[Literal["exact", "lossy"]] = LOSSY
 
-    def requires(self, model: Model) -> None:
+    def requires(self, model: Model) -> None:  # noqa: B027 - most passes run on anything
         """Raise PassRefused if this pass cannot run on this model at all."""
 
     @abstractmethod

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-
 _WORTH_TRIMMING = 1 << 22  # bytes of weights; walking all heaps takes longer than small temporaries are worth
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -88,7 +89,8 @@ def test_without_torch_the_message_says_what_to_install(monkeypatch: pytest.Monk
 
 def test_public_name_works_after_parts_of_the_package_were_imported() -> None:
     import qcompiler
-    import qcompiler.capture.onnx  # binds the package to the name qcompiler.capture
 
+    import_module("qcompiler.capture.onnx")  # binds the package to the name qcompiler.capture
+    public: Any = qcompiler
     for _ in range(2):
-        assert qcompiler.capture(nn.Linear(3, 2), (torch.zeros(2, 3),)).name == "linear"
+        assert public.capture(nn.Linear(3, 2), (torch.zeros(2, 3),)).name == "linear"
