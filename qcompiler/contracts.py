@@ -183,22 +183,27 @@ def _difference(a: Array, b: Array | None) -> float:
 
 
 def _jittered(model: ir.Model, feeds: Feeds) -> Feeds:
-    """The outputs with all float weights wrong by about one last bit; numbers such as exponents stay.
+    """The outputs with all float weights wrong by about one last bit; numbers such as exponents and sizes stay.
 
     Segment by segment, so that the changed weights of one segment are alive at a time.
     """
     chain, rng = Segments(model), np.random.default_rng(0)
     boundary = chain.start(feeds)
     for segment in chain:
-        tensors = {name: model.graph.initializers[name].const_value for name in sorted(segment.weights)}
-        change = {
-            name: _last_bits(tensor.numpy(), rng)
-            for name, tensor in tensors.items()
-            if tensor is not None and tensor.dtype == ir.DataType.FLOAT and tensor.size > 1
-        }
+        change: dict[str, Array] = {}
+        for name in sorted(segment.weights):
+            value = model.graph.initializers[name]
+            if value.const_value is not None and _is_weight(value, value.const_value):
+                change[name] = _last_bits(value.const_value.numpy(), rng)
         boundary = segment.run(boundary, change)
         segment.drop()
     return {name: boundary[name] for name in (v.name or "" for v in model.graph.outputs)}
+
+
+def _is_weight(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+    """Whether a last bit more or less is noise: the factors of a Resize decide the size of its output."""
+    sizes = any(user.op_type in ("Resize", "Upsample") for user in value.consumers())
+    return tensor.dtype == ir.DataType.FLOAT and tensor.size > 1 and not sizes
 
 
 def _last_bits(array: Array, rng: np.random.Generator) -> Array:

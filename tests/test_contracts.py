@@ -108,3 +108,18 @@ def test_rounding_noise_is_no_violation() -> None:
         multiply(weight(graph, "0.o"), (1 + 2.0**-22) * np.ones((WIDTH, WIDTH)))
 
     assert Pipeline([Edit(reorder)]).run(Model(model))[0].changed == 1
+
+
+def test_the_factors_of_a_resize_are_no_noise() -> None:
+    """A last bit less than twice the size of 9 pixels is 17, which would not fit the other branch."""
+    factors = ", ".join(f"float[4] sizes{i} = {{1, 1, 2, 2}}" for i in range(4))
+    resize = 'Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric">'
+    sums = "\n".join(f"large{i} = {resize} (small, , sizes{i})\n y{i} = Add (large{i}, x)" for i in range(4))
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    agraph (float[N, 2, 18, 18] x) => (float[N, 8, 18, 18] y) <float[2, 2, 1, 1] weight = {{1, -0.5, 0.25, 2}}, {factors}>
+    {{ small = Conv <strides = [2, 2]> (x, weight)
+      {sums}
+      y = Concat <axis = 1> (y0, y1, y2, y3) }}"""
+    model = ir.from_onnx_text(text)
+    with pytest.raises(ContractViolated, match="'y' differs"):
+        Pipeline([Edit(lambda graph: multiply(graph.graph.initializers["weight"], 1.01))]).run(Model(model))
