@@ -21,13 +21,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qcompiler.errors import BadData, BadModel
+from qcompiler.measure.constants import fold_constants
+from qcompiler.measure.in_place import open_in_place, shape_of
 
 Array = npt.NDArray[Any]
 _FED_BYTES = 1 << 18  # a matrix from this size on is fed, not stored in the session
-_INLINE_BYTES = 1 << 12  # ORT wants small constants (shapes, axes) inside the model
 _FED_BY = frozenset({"MatMul", "Gemm", "Gather", "Transpose"})
 _UNKNOWN = ("is not a registered function/op", "No Op registered")  # how ORT says that it lacks an operation
-_FOLDER_LESS = "held-in-memory"  # "file" name of tensors that are handed over as arrays
 
 
 class Runner:
@@ -121,30 +121,25 @@ class Runner:
         for value in graph.inputs:
             if value.dtype is None and _name(value) in dtypes:
                 value.type = ir.TensorType(ir.DataType.from_numpy(dtypes[_name(value)]))
-        for name, value in list(graph.initializers.items()):
-            tensor = value.const_value
-            if tensor is not None and name not in fed and (name in replaceable or _is_fed(value, tensor)):
-                self._defaults[name] = _make_input(graph, value, tensor)
-        self.inputs = tuple(dict.fromkeys([*fed, *self._echo]))
-        self._unused = set(fed) - {_name(v) for v in graph.inputs}
-        options = _options(threads)
-        external = _externalize(graph)
-        for inner in part.graphs():
-            for value in inner.initializers.values():
-                if inner is not graph and value.const_value is not None:
-                    value.const_value = _inline(value.const_value)
-        self._keep = list(external.values())  # ORT reads these arrays in place until the session is made
-        if external:
-            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in external.values()]
-            options.add_external_initializers(list(external), values)
         try:
-            proto = ir.to_proto(part).SerializeToString()
-            self._session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+            self._feed(graph, replaceable - set(fed))
+            fold_constants(part, dequantize=True)  # what may be replaced is no constant any more
+            self._feed(graph, {name for name, value in graph.initializers.items() if _is_fed(value)} - set(fed))
+            self._session, self._keep = open_in_place(part, _options(threads))
         except Exception as error:  # as above
             where = part.graph.name or "model"
             unknown = any(word in str(error) for word in _UNKNOWN)
             fix = "a model can be compiled if ONNX Runtime has all of its operations" if unknown else ""
             raise BadModel(f"ONNX Runtime cannot run it ({_reason(error)})", where, fix) from error
+        self.inputs = tuple(dict.fromkeys([*fed, *self._echo]))
+        self._unused = set(fed) - {_name(v) for v in graph.inputs}
+
+    def _feed(self, graph: ir.Graph, names: Collection[str]) -> None:
+        """Make initializers inputs, whose value is given with every call."""
+        for name in names:
+            value = graph.initializers.get(name)
+            if value is not None and value.const_value is not None:
+                self._defaults[name] = _make_input(graph, value, value.const_value)
 
 
 def _name(value: ir.Value) -> str:
@@ -166,7 +161,7 @@ def _extract(model: ir.Model, inputs: list[str], outputs: list[str], replaceable
     for name in set(inputs) & set(graph.initializers):  # fed instead
         value = graph.initializers.pop(name)
         if value.const_value is not None:
-            value.type, value.shape = ir.TensorType(value.const_value.dtype), _shape(value.const_value)
+            value.type, value.shape = ir.TensorType(value.const_value.dtype), shape_of(value.const_value)
             value.const_value = None
     unknown = [name for name in replaceable if name not in model.graph.initializers]
     if unknown:
@@ -175,8 +170,11 @@ def _extract(model: ir.Model, inputs: list[str], outputs: list[str], replaceable
     return ir.Model(graph, ir_version=model.ir_version, functions=functions)
 
 
-def _is_fed(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+def _is_fed(value: ir.Value) -> bool:
     """Whether a weight is better fed than stored: a large array that only products and look-ups read."""
+    tensor = value.const_value
+    if tensor is None:
+        return False
     plain = tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
     large = plain and len(tensor.shape) >= 2 and tensor.nbytes >= _FED_BYTES
     if not large or value.is_graph_output():
@@ -184,43 +182,13 @@ def _is_fed(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
     return all(node.domain == "" and node.op_type in _FED_BY for node in value.consumers())
 
 
-def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
-    return ir.Shape([int(d) for d in tensor.shape])  # type: ignore[arg-type]
-
-
 def _make_input(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> Array:
     del graph.initializers[_name(value)]
     value.const_value = None
-    value.type, value.shape = ir.TensorType(tensor.dtype), _shape(tensor)
+    value.type, value.shape = ir.TensorType(tensor.dtype), shape_of(tensor)
     if value not in graph.inputs:
         graph.inputs.append(value)
     return tensor.numpy()
-
-
-def _externalize(graph: ir.Graph) -> dict[str, Array]:
-    """Replace the large initializers by references; return their arrays. Packed types must stay inside."""
-    arrays: dict[str, Array] = {}
-    for name, value in graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or tensor.dtype == ir.DataType.STRING:
-            continue
-        array = tensor.numpy()
-        # bfloat16, int4, float8 ... come as numpy arrays of ml_dtypes, which OrtValue cannot hold
-        if tensor.nbytes < _INLINE_BYTES or array.dtype.isbuiltin != 1:
-            value.const_value = _inline(tensor)
-            continue
-        arrays[name] = np.ascontiguousarray(array)
-        value.const_value = ir.ExternalTensor(
-            _FOLDER_LESS, 0, tensor.nbytes, tensor.dtype, shape=_shape(tensor), name=name
-        )
-    return arrays
-
-
-def _inline(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """ORT would look for the file of an external tensor relative to the working folder."""
-    if isinstance(tensor, ir.ExternalTensor):
-        return ir.Tensor(tensor.numpy(), tensor.dtype, shape=_shape(tensor), name=tensor.name)
-    return tensor
 
 
 def _options(threads: int | None) -> Any:
