@@ -116,7 +116,8 @@ def test_the_factors_of_a_resize_are_no_noise() -> None:
     resize = 'Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric">'
     sums = "\n".join(f"large{i} = {resize} (small, , sizes{i})\n y{i} = Add (large{i}, x)" for i in range(4))
     text = f"""<ir_version: 10, opset_import: ["" : 21]>
-    agraph (float[N, 2, 18, 18] x) => (float[N, 8, 18, 18] y) <float[2, 2, 1, 1] weight = {{1, -0.5, 0.25, 2}}, {factors}>
+    agraph (float[N, 2, 18, 18] x) => (float[N, 8, 18, 18] y) <float[2, 2, 1, 1] weight = {{1, -0.5, 0.25, 2}},
+     {factors}>
     {{ small = Conv <strides = [2, 2]> (x, weight)
       {sums}
       y = Concat <axis = 1> (y0, y1, y2, y3) }}"""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +28,7 @@ from qcompiler.backends.onnx.emit import MICROSOFT, Emitter, replace_output
 from qcompiler.backends.onnx.rows import RowCodes, write_row_codes, write_row_product
 from qcompiler.backends.reference import quantize_bias
 from qcompiler.formats import PerChannel, PerTensor
-from qcompiler.graph.functions import DynamicActivation, PackedWeight, StaticActivation
+from qcompiler.graph.functions import DynamicActivation, StaticActivation
 
 _INTEGER_OPS = ("Conv", "MatMul", "Gemm")
 
@@ -58,12 +59,18 @@ def fast_form(lowered: ir.Model) -> FastForm:
 @dataclass
 class _Rewriter:
     form: FastForm
-    written: dict[tuple[ir.Node, int, int], Blocks] = field(default_factory=dict[tuple[ir.Node, int, int], Blocks])
+    stored: dict[ir.Node, list[tuple[int, int]]] = field(default_factory=dict[ir.Node, list[tuple[int, int]]])
+    written: dict[ir.Node, Blocks] = field(default_factory=dict[ir.Node, Blocks])
     row_codes: dict[ir.Value, RowCodes] = field(default_factory=dict[ir.Value, RowCodes])
 
     def run(self) -> FastForm:
         model, names = self.form.model, dict[ir.Node, set[str]]()
-        for use in quantized_operations(model.graph):
+        uses = quantized_operations(model.graph)
+        for use in uses:
+            # A weight is stored once: in a form that all its users take, or else as it is.
+            node, wanted = use.weight.dequantize, _block_forms(use) if _kind(use) == "blocks" else []
+            self.stored[node] = [form for form in self.stored.get(node, wanted) if form in wanted]
+        for use in uses:
             name = self._rewrite(use)
             self.form.rounds_activations |= use.activation is not None
             names.setdefault(use.weight.dequantize, set()).add(name)
@@ -81,17 +88,15 @@ class _Rewriter:
 
     def _rewrite(self, use: QuantizedOperation) -> str:
         """Put one operation into its form and return the name of that."""
-        if use.weight.output.dtype not in (None, ir.DataType.FLOAT):
-            return "decoded"
-        if isinstance(use.activation, StaticActivation) and _is_integer(use):
+        form = _kind(use)
+        if form == "integer":
             return self._integer(use)
-        if use.node.op_type == "Gather":
-            return self._gather(use)
-        if not use.is_product or not _is_plain(use):
-            return "decoded"
-        if isinstance(use.activation, DynamicActivation) and _is_symmetric_by_row(use) and probe.runs_row_products():
+        if form == "rows":
+            assert isinstance(use.activation, DynamicActivation)
             return self._rows(use, use.activation.source)
-        return self._product(use)
+        if form == "decoded" or not self.stored[use.weight.dequantize]:
+            return "decoded"
+        return self._product(use) if use.is_product else self._gather(use)
 
     def _integer(self, use: QuantizedOperation) -> str:
         """Leave QDQ to ONNX Runtime; narrow codes are widened to int8 when a session is made."""
@@ -114,11 +119,8 @@ class _Rewriter:
         return "integer"
 
     def _gather(self, use: QuantizedOperation) -> str:
-        container = {2: 2, 3: 4, 4: 4}.get(use.weight.bits, 8)
-        block = block_size(use.weight, lambda b: probe.runs_gather_blocks(container, b))
-        if block is None or use.weight.columns % block or len(use.weight.shape) != 2:
-            return "decoded"
-        blocks = self._blocks(use, container, block)
+        blocks = self._blocks(use)
+        container, block = blocks.container, blocks.block
         emit = Emitter(self.form.model, use.node, f"{use.label}_fast")
         flat = emit.node("Reshape", blocks.codes, emit.integers(use.weight.rows, use.weight.columns * container // 8))
         result = emit.node(
@@ -146,12 +148,8 @@ class _Rewriter:
 
     def _product(self, use: QuantizedOperation) -> str:
         dynamic = isinstance(use.activation, DynamicActivation)
-        accuracy = probe.INT8_ACTIVATIONS if dynamic else probe.EXACT
-        container = _container(use.weight, dynamic)
-        block = block_size(use.weight, lambda b: probe.runs_matmul_nbits(container, b, accuracy))
-        if block is None or (container == 8 and not dynamic):
-            return "decoded"
-        blocks = self._blocks(use, container, block)
+        blocks = self._blocks(use)
+        container, block = blocks.container, blocks.block
         emit = Emitter(self.form.model, use.node, f"{use.label}_fast")
         data = use.activation.source if isinstance(use.activation, DynamicActivation) else use.data
         bias = use.node.inputs[2] if use.node.op_type == "Gemm" and len(use.node.inputs) > 2 else None
@@ -160,20 +158,64 @@ class _Rewriter:
         result = emit.node(
             "MatMulNBits", data, blocks.codes, blocks.scale, blocks.zero, None, bias,
             domain=MICROSOFT, K=use.weight.columns, N=use.weight.rows, bits=container, block_size=block,
-            accuracy_level=accuracy,
+            accuracy_level=_accuracy(use),
         )  # fmt: skip
         self.form.expected["MatMulNBits"] += 1
         replace_output(self.form.model.graph, use.node, result)
         return f"blocks{container}{'-int8' if dynamic else ''}"
 
-    def _blocks(self, use: QuantizedOperation, container: int, block: int) -> Blocks:
+    def _blocks(self, use: QuantizedOperation) -> Blocks:
         """A weight in block form, written once for all its users (a tied embedding and head)."""
-        key = (use.weight.dequantize, container, block)
-        if key not in self.written:
+        node = use.weight.dequantize
+        if node not in self.written:
+            container, block = self.stored[node][0]
             # In front of the old decoder, which all users come after.
-            emit = Emitter(self.form.model, use.weight.dequantize, f"{use.weight.site}_b{container}x{block}")
-            self.written[key] = write_blocks(emit, use.weight, container, block)
-        return self.written[key]
+            emit = Emitter(self.form.model, node, f"{use.weight.site}_b{container}x{block}")
+            self.written[node] = write_blocks(emit, use.weight, container, block)
+        return self.written[node]
+
+
+def _kind(use: QuantizedOperation) -> str:
+    """What suits an operation best: "integer", "rows", "blocks" or "decoded"."""
+    if use.weight.output.dtype not in (None, ir.DataType.FLOAT):
+        return "decoded"
+    if isinstance(use.activation, StaticActivation) and _is_integer(use):
+        return "integer"
+    dynamic = isinstance(use.activation, DynamicActivation)
+    if use.is_product and _is_plain(use) and dynamic and _is_symmetric_by_row(use) and probe.runs_row_products():
+        return "rows"
+    return "blocks" if _block_forms(use) else "decoded"
+
+
+def _block_forms(use: QuantizedOperation) -> list[tuple[int, int]]:
+    """Bits of a code in memory and columns that share a scale, best first, of the block kernels that take a weight."""
+    weight, dynamic = use.weight, isinstance(use.activation, DynamicActivation)
+    if len(weight.shape) != 2 or (use.is_product and not _is_plain(use)):
+        return []
+    found: list[tuple[int, int]] = []
+    for container in _containers(use, dynamic):
+        kernel = (
+            partial(probe.runs_matmul_nbits, accuracy=_accuracy(use)) if use.is_product else probe.runs_gather_blocks
+        )
+        block = block_size(weight, partial(kernel, container))
+        if block is not None and (use.is_product or weight.columns % block == 0):
+            found.append((container, block))
+    return found
+
+
+def _containers(use: QuantizedOperation, dynamic: bool) -> list[int]:
+    """Bits of a code in memory: measured, 2 bits pay in products only with int8 activations and large blocks."""
+    weight = use.weight
+    if weight.bits > 4:
+        return [8] if dynamic or not use.is_product else []
+    size = weight.spec.granularity.group_size(weight.columns)
+    two = weight.bits == 2 and (not use.is_product or (dynamic and size >= 128))
+    return [2, 4] if two else [4]
+
+
+def _accuracy(use: QuantizedOperation) -> int:
+    """accuracy_level of MatMulNBits."""
+    return probe.INT8_ACTIVATIONS if isinstance(use.activation, DynamicActivation) else probe.EXACT
 
 
 def _merged_with_add(graph: ir.Graph, use: QuantizedOperation) -> ir.Node | None:
@@ -232,14 +274,6 @@ def _is_plain(use: QuantizedOperation) -> bool:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
     return all(f == 1 for f in factors) and (bias is None or (constant is not None and constant.size == weight.rows))
-
-
-def _container(weight: PackedWeight, dynamic: bool) -> int:
-    """Bits of a code in memory: measured, 2 bits pay only with int8 activations and large blocks."""
-    if weight.bits > 4:
-        return 8
-    size = weight.spec.granularity.group_size(weight.columns)
-    return 2 if weight.bits == 2 and dynamic and size >= 128 else 4
 
 
 def _is_quantized_next(value: ir.Value) -> bool:

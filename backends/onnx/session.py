@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from qcompiler.measure.constants import fold_constants
+from qcompiler.measure.decode import decode_constants
 from qcompiler.measure.in_place import open_in_place
 from qcompiler.target import Feeds, Outputs
 
@@ -53,7 +53,7 @@ class OrtRunnable:
         Weights are unpacked here one by one: ONNX Runtime can do it too, but takes ten times the memory.
         """
         model = ir.load(path)
-        fold_constants(model, dequantize=False)
+        decode_constants(model, dequantize=False)
         return OrtRunnable(*open_in_place(model, options))
 
     def run(self, feeds: Feeds) -> Outputs:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qcompiler.errors import BadData, BadModel
-from qcompiler.measure.constants import fold_constants
+from qcompiler.measure.decode import decode_constants
 from qcompiler.measure.in_place import open_in_place, shape_of
 
 Array = npt.NDArray[Any]
@@ -123,7 +123,7 @@ class Runner:
                 value.type = ir.TensorType(ir.DataType.from_numpy(dtypes[_name(value)]))
         try:
             self._feed(graph, replaceable - set(fed))
-            fold_constants(part, dequantize=True)  # what may be replaced is no constant any more
+            decode_constants(part, dequantize=True)  # what may be replaced is no constant any more
             self._feed(graph, {name for name, value in graph.initializers.items() if _is_fed(value)} - set(fed))
             self._session, self._keep = open_in_place(part, _options(threads))
         except Exception as error:  # as above

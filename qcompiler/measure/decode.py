@@ -1,8 +1,8 @@
-"""Computing what depends on constants only, one value at a time.
+"""Decoding quantized weights, one at a time.
 
 ONNX Runtime does so itself when it opens a model, but keeps every intermediate result of every weight until it is
-through with the whole graph: unpacking 134 million codes of 2 to 8 bits took 4 GB. Here each constant that the rest
-of the graph reads is computed in a session of its own, which frees as it goes.
+through with the whole graph: unpacking 134 million codes of 2 to 8 bits took 4 GB. Here each constant that is made
+of codes and that the rest of the graph reads is computed in a session of its own, which frees as it goes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes import common
 
-_LEAST_BYTES = 1 << 12  # of constants behind a value; ONNX Runtime folds shapes and axes itself
+from qcompiler.measure.in_place import open_in_place
+
+_LEAST_BYTES = 1 << 12  # of codes behind a value; ONNX Runtime folds shapes and axes itself
 _RANDOM = ("Random", "Bernoulli", "Multinomial")  # how the names of operations begin that differ from run to run
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
-def fold_constants(model: ir.Model, *, dequantize: bool) -> None:
-    """Replace what large constants are made into by the results, in place.
+def decode_constants(model: ir.Model, *, dequantize: bool) -> None:
+    """Replace what large integer constants are made into by the results, in place.
 
     Args:
         model: of which nodes are removed; tensors that others share are left as they are.
@@ -47,23 +49,25 @@ def fold_constants(model: ir.Model, *, dequantize: bool) -> None:
 
 
 def _results(graph: ir.Graph, dequantize: bool) -> Iterator[ir.Value]:
-    """The values that are made of large constants alone and read by nodes that are not."""
-    behind: dict[ir.Value, int] = {
-        value: 0 if value.const_value is None else value.const_value.nbytes
-        for value in graph.initializers.values()
-        if value not in graph.inputs
-    }
+    """The values that are made of constants alone, large codes among them, and read by nodes that are not."""
+    inputs = set(graph.inputs)
+    behind = {value: _code_bytes(value) for value in graph.initializers.values() if value not in inputs}
     constant: set[ir.Node] = set()
     for node in graph:
-        inputs = [v for v in node.inputs if v is not None]
-        if all(v in behind for v in inputs) and _is_foldable(node, dequantize):
+        read = [v for v in node.inputs if v is not None]
+        if all(v in behind for v in read) and _is_foldable(node, dequantize):
             constant.add(node)
-            behind |= dict.fromkeys(node.outputs, sum(behind[v] for v in inputs))
+            behind |= dict.fromkeys(node.outputs, sum(behind[v] for v in read))
     for node in list(constant):
         for value in node.outputs:
-            read = any(user not in constant for user in value.consumers())
-            if read and behind[value] >= _LEAST_BYTES and not value.is_graph_output():
+            is_read = any(user not in constant for user in value.consumers())
+            if is_read and behind[value] >= _LEAST_BYTES and not value.is_graph_output():
                 yield value
+
+
+def _code_bytes(value: ir.Value) -> int:
+    tensor = value.const_value
+    return 0 if tensor is None or not tensor.dtype.is_integer() else tensor.nbytes
 
 
 def _is_foldable(node: ir.Node, dequantize: bool) -> bool:
@@ -75,12 +79,11 @@ def _is_foldable(node: ir.Node, dequantize: bool) -> bool:
 def _computed(model: ir.Model, value: ir.Value) -> npt.NDArray[Any]:
     part = ir.convenience.extract(model.graph, [], [value])
     functions = [function.clone() for function in model.functions.values()]
-    proto = ir.to_proto(ir.Model(part, ir_version=model.ir_version, functions=functions)).SerializeToString()
     options: Any = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
-    session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    session, _arrays = open_in_place(ir.Model(part, ir_version=model.ir_version, functions=functions), options)
     return np.asarray(session.run(None, {})[0])
 
 
@@ -96,5 +99,5 @@ def _remove(graph: ir.Graph, node: ir.Node) -> None:
             continue
         if producer is not None:
             _remove(graph, producer)
-        elif value.name in graph.initializers and value not in graph.inputs:
-            del graph.initializers[value.name]
+        elif value not in graph.inputs:
+            graph.initializers.pop(value.name or "", None)
