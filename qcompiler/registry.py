@@ -15,6 +15,7 @@ from typing import Any
 from qcompiler.errors import BadOption
 
 PASSES: dict[str, str] = {
+    "equalize-activations": "qcompiler.passes.transform.equalize_activations:EqualizeActivations",
     "smooth": "qcompiler.passes.transform.smooth:Smooth",
     "scale-fold": "qcompiler.passes.transform.scale_fold:ScaleFold",
     "equalize": "qcompiler.passes.transform.equalize:Equalize",

@@ -15,6 +15,7 @@ from qcompiler.errors import BadOption, PassRefused
 from qcompiler.formats import Granularity, Int, PerChannel, PerGroup, QuantSpec, UInt
 from qcompiler.graph.sites import Site
 from qcompiler.graph.storage import embed
+from qcompiler.measure.memory import give_back
 from qcompiler.model import Model
 from qcompiler.plan import ActivationMode, SitePlan
 from qcompiler.progress import Progress
@@ -22,7 +23,7 @@ from qcompiler.target import Compiled, Tolerance
 
 FILE = "model.ort.onnx"
 DATA = "model.ort.onnx.data"
-_LARGE = 1 << 30  # bytes of weights from which they get a file of their own; protobuf ends at 2 GiB
+_LARGE = 1 << 26  # bytes of weights from which they get a file of their own, which is mapped, not read
 _GROUPS = (32, 128)
 
 
@@ -68,6 +69,8 @@ class OnnxBackend:
             raise PassRefused("the model is not lowered", where=model.name, fix="run InsertQDQ before the backend")
         form = fast_form(model.ir)
         files = save(form.model, folder)
+        form.model = model.ir  # the file has it; a session of a large model wants the room
+        give_back(model.graph.initializers.values())
         counts = optimized_operations(folder / FILE)
         missing = unfused(counts, form.expected)
         for operation, numbers in missing.items():

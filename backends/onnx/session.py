@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from qcompiler.graph.storage import map_once
 from qcompiler.measure.decode import decode_constants
 from qcompiler.measure.in_place import open_in_place
 from qcompiler.target import Feeds, Outputs
@@ -52,7 +53,7 @@ class OrtRunnable:
 
         Weights are unpacked here one by one: ONNX Runtime can do it too, but takes ten times the memory.
         """
-        model = ir.load(path)
+        model = map_once(ir.load(path))
         decode_constants(model, dequantize=False)
         return OrtRunnable(*open_in_place(model, options))
 
@@ -73,6 +74,7 @@ def optimized_operations(path: Path) -> Counter[str]:
         options.optimized_model_filepath = str(target)
         entry = "session.optimized_model_external_initializers_file_name"
         options.add_session_config_entry(entry, "optimized.data")
+        options.add_session_config_entry("session.disable_prepacking", "1")  # nothing is run: no second copy of weights
         OrtRunnable.open(path, options)
         graph = ir.load(target).graph
         return Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(graph))

@@ -48,7 +48,12 @@ def after_norm(fold: Fold) -> str | None:
 
 
 def find_folds(
-    model: Model, values: Mapping[ir.Value, int], accept: Callable[[Fold], str | None], *, insert: bool = False
+    model: Model,
+    values: Mapping[ir.Value, int],
+    accept: Callable[[Fold], str | None],
+    *,
+    insert: bool = False,
+    loose: bool = False,
 ) -> tuple[list[Fold], list[Refusal]]:
     """The folds on some values, each part of the graph once; and why the other values have none."""
     folds: list[Fold] = []
@@ -57,7 +62,7 @@ def find_folds(
     for value, axis in values.items():
         if value in covered:
             continue
-        found = find_fold(model.ir, value, axis=axis, insert=insert)
+        found = find_fold(model.ir, value, axis=axis, insert=insert, loose=loose)
         reason = accept(found) if isinstance(found, Fold) else found.reason
         if isinstance(found, Fold) and reason is None:
             folds.append(found)
@@ -67,15 +72,19 @@ def find_folds(
     return folds, refused
 
 
-def channel_reach(model: Model, folds: list[Fold], percentile: float) -> dict[str, Floats]:
+def channel_reach(model: Model, axes: Mapping[str, int], percentile: float) -> dict[str, Floats]:
     """[channels] a value: the largest |x| of each channel, or a percentile of it, mean over batches.
+
+    Args:
+        model: with calibration data.
+        axes: of the channels, by the name of a value.
+        percentile: in (0, 100]; 100 is the largest.
 
     Raises:
         BadOption: the percentile isn't in (0, 100].
     """
     if not 0 < percentile <= 100:
         raise BadOption(f"a percentile of {percentile} does not exist", fix="give more than 0, at most 100")
-    axes = {fold.value.name or "": fold.axis for fold in folds}
     enough = _enough(model)
     if percentile == 100:
         return {name: s.absmax for name, s in channel_statistics(model, list(axes), axes, enough).items()}

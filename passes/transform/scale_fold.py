@@ -51,7 +51,7 @@ class ScaleFold(Pass):
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fold behind every norm that allows it."""
         folds, refused = find_folds(model, layer_inputs(model), after_norm)
-        reach = channel_reach(model, folds, self.percentile)
+        reach = channel_reach(model, {fold.value.name or "": fold.axis for fold in folds}, self.percentile)
         ranges: dict[str, list[float]] = {}
         for fold in progress.track(folds, "folding scales"):
             own = reach[fold.value.name or ""]

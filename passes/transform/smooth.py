@@ -57,7 +57,7 @@ class Smooth(Pass):
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Smooth every input that can be smoothed."""
         folds, refused = find_folds(model, layer_inputs(model), after_norm if self.sites == "norms" else _any)
-        reach = channel_reach(model, folds, self.percentile)
+        reach = channel_reach(model, {fold.value.name or "": fold.axis for fold in folds}, self.percentile)
         ranges: dict[str, list[float]] = {}
         # Later values first: what reads an earlier one is then as it stays, and a second run changes nothing.
         for fold in progress.track(folds[::-1], "smoothing"):

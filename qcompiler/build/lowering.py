@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import onnx_ir as ir
+
 from qcompiler.errors import BadOption
 from qcompiler.measure.memory import give_back
 from qcompiler.model import Model
 from qcompiler.pipeline import PassReport, Pipeline
 from qcompiler.progress import Progress
+from qcompiler.scratch import spilled
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
     for item in pipeline.passes:
         rounded = rounded if work.lowered else work.clone()
         reports += replace(pipeline, passes=[item]).run(work, progress)
+        _spill(work, model)
         give_back((*model.graph.initializers.values(), *work.graph.initializers.values()))
         if only_plan and work.plan.sites:
             return Lowering(model, work, None, reports)
@@ -54,3 +59,15 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
     if not work.lowered:
         raise BadOption("the pipeline does not lower the model", "--pipeline", "end it with the pass 'insert-qdq'")
     return Lowering(model, rounded, work, reports)
+
+
+def _spill(work: Model, original: Model) -> None:
+    """Put what a pass has made into the scratch file: rewritten weights, codes, packed codes."""
+    kept = {id(value.const_value) for value in original.graph.initializers.values()}
+    for value in work.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray) and id(tensor) not in kept:
+            raw = spilled(tensor.raw)
+            if raw is not tensor.raw:
+                value.const_value = ir.Tensor(raw, tensor.dtype, shape=tensor.shape, name=tensor.name)
+    work.weights = {name: replace(codes, codes=spilled(codes.codes)) for name, codes in work.weights.items()}

@@ -1,7 +1,10 @@
-"""Tensors that lie in a file, brought into the model that is to be saved."""
+"""Tensors that lie in a file: mapped, or brought into the model that is to be saved."""
 
 from __future__ import annotations
 
+import mmap
+
+import numpy as np
 import onnx_ir as ir
 
 
@@ -26,6 +29,38 @@ def embed(model: ir.Model) -> ir.Model:
             for key, attribute in list(node.attributes.items()):
                 if isinstance(attribute.value, ir.ExternalTensor):
                     node.attributes[key] = ir.AttrTensor(key, _held(attribute.value))
+    return model
+
+
+def map_once(model: ir.Model) -> ir.Model:
+    """Read all initializers of a file through one mapping of it.
+
+    An `ir.ExternalTensor` maps the whole file for itself: a thousand of them take a thousand times its size of
+    address space, which may be limited.
+
+    Args:
+        model: edited in place; it was written by us, so its tensors are where it says.
+
+    Returns:
+        The same model.
+    """
+    maps: dict[str, mmap.mmap] = {}
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor) or not tensor.nbytes:
+                continue
+            path = str(tensor.path)
+            if path not in maps:
+                with open(path, "rb") as file:
+                    maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            stored = np.frombuffer(maps[path], np.uint8, tensor.nbytes, tensor.offset or 0)
+            shape = tensor.shape.numpy()
+            if tensor.dtype.bitwidth < 8:
+                value.const_value = ir.PackedTensor(stored, tensor.dtype, shape=shape, name=tensor.name)
+            else:
+                array = stored.view(tensor.dtype.numpy()).reshape(shape)
+                value.const_value = ir.Tensor(array, tensor.dtype, name=tensor.name)
     return model
 
 

@@ -17,8 +17,11 @@ import onnxruntime as ort
 from onnx_ir.passes import common
 
 from qcompiler.measure.in_place import open_in_place
+from qcompiler.measure.memory import trim
+from qcompiler.scratch import spilled
 
 _LEAST_BYTES = 1 << 12  # of codes behind a value; ONNX Runtime folds shapes and axes itself
+_WORTH_TRIMMING = 1 << 22  # bytes of a result: making it took several times that
 _RANDOM = ("Random", "Bernoulli", "Multinomial")  # how the names of operations begin that differ from run to run
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
@@ -37,13 +40,15 @@ def decode_constants(model: ir.Model, *, dequantize: bool) -> None:
     wanted = list(_results(graph, dequantize))
     for value in wanted:
         array = _computed(model, value)
-        made = ir.val(value.name, const_value=ir.tensor(array, name=value.name))
+        made = ir.val(value.name, const_value=ir.tensor(spilled(array), name=value.name))
         producer = value.producer()
         assert producer is not None
         value.replace_all_uses_with(made)
         value.name = f"{value.name}/folded"
         graph.register_initializer(made)
         _remove(graph, producer)
+        if array.nbytes >= _WORTH_TRIMMING:
+            trim()
     if wanted:
         common.RemoveUnusedFunctionsPass()(model)
 

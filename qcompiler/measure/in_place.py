@@ -9,6 +9,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from qcompiler.scratch import forget
+
 _INLINE_BYTES = 1 << 12  # ORT wants small constants (shapes, axes) inside the model
 _FOLDER_LESS = "held-in-memory"  # "file" name of tensors that are handed over as arrays
 
@@ -34,6 +36,7 @@ def open_in_place(model: ir.Model, options: Any) -> tuple[ort.InferenceSession, 
         options.add_external_initializers(list(external), values)
     proto = ir.to_proto(model).SerializeToString()
     session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    forget()  # of most weights the session has made a copy in the order that its kernels want
     return session, list(external.values())
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from qcompiler.scratch import forget
+
 _WORTH_TRIMMING = 1 << 22  # bytes of weights; walking all heaps takes longer than small temporaries are worth
 
 
@@ -25,9 +27,14 @@ def give_back(values: Iterable[ir.Value] = ()) -> None:
         held += 0 if tensor is None else tensor.nbytes
         if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
             tensor.raw.madvise(mmap.MADV_DONTNEED)
-    if held < _WORTH_TRIMMING:
-        return
+    if held >= _WORTH_TRIMMING:
+        trim()
+
+
+def trim() -> None:
+    """Return what large temporaries have left free to the system, and forget spilled arrays."""
+    forget()
     # The C library keeps what large temporaries leave free, in one heap for each thread of ONNX Runtime.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc only
-        trim(0)
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:  # glibc only
+        malloc_trim(0)

@@ -191,7 +191,13 @@ class Fold:
 
 
 def find_fold(
-    model: ir.Model, value: ir.Value, kind: Kind = "scale", *, axis: int = -1, insert: bool = False
+    model: ir.Model,
+    value: ir.Value,
+    kind: Kind = "scale",
+    *,
+    axis: int = -1,
+    insert: bool = False,
+    loose: bool = False,
 ) -> Fold | Refusal:
     """Find out whether the channels of a value can be transformed, what absorbs it, and which are tied.
 
@@ -204,6 +210,8 @@ def find_fold(
         kind: of transform.
         axis: the channel axis of the value: 1 for images, -1 for rows of features.
         insert: allow operations to be added (per-channel bounds for a Clip that a scale crosses).
+        loose: let a scale cross Clip and leave the bounds alone; the function changes unless the scaled values
+            stay within them.
 
     Returns:
         A Fold, or a Refusal that says what stands in the way.
@@ -220,7 +228,7 @@ def find_fold(
     if not isinstance(length, int):
         return Refusal(name, f"the number of channels of '{name}' is unknown")
     full = tuple(length if k == axis else 1 for k in range(len(shape)))
-    region, labels = _explore(model.graph, value, full, kind, insert, {})
+    region, labels = _explore(Region(model.graph, kind, {}, insert, loose), value, full)
     ties, reason = _ties(region, labels)
     if np.all(ties < 0):
         return Refusal(name, reason)
@@ -229,25 +237,18 @@ def find_fold(
     return Fold(model, value, axis, kind, ties, writers, tuple(e for e in edits if e.sign < 0), region, labels)
 
 
-def _explore(
-    graph: ir.Graph,
-    value: ir.Value,
-    shape: tuple[int, ...],
-    kind: Kind,
-    insert: bool,
-    choices: Mapping[ir.Node, int],
-) -> tuple[Region, Labels]:
-    region = Region(graph, kind, choices, insert)
+def _explore(region: Region, value: ir.Value, shape: tuple[int, ...]) -> tuple[Region, Labels]:
     labels = region.classes.fresh(shape)
     region.begin(value, labels)
     try:
         region.grow(_apply_rule, labels)
     except Undecided as undecided:
-        if len(choices) == _CHOICES:
+        if len(region.choices) == _CHOICES:
             region.pin(labels, f"too many products lead to {label(undecided.node)}")
             return region, labels
-        tries = [_explore(graph, value, shape, kind, insert, {**choices, undecided.node: k}) for k in range(2)]
-        return max(tries, key=lambda found: int((_ties(*found)[0] >= 0).sum()))
+        choices = [{**region.choices, undecided.node: k} for k in range(2)]
+        tries = [Region(region.graph, region.kind, c, region.insert, region.loose) for c in choices]
+        return max((_explore(t, value, shape) for t in tries), key=lambda found: int((_ties(*found)[0] >= 0).sum()))
     return region, labels
 
 

@@ -81,6 +81,7 @@ class Region:
         kind: of transform.
         choices: for products of two values: which operand carries the transform.
         insert: operations may be added where no constant can absorb the transform (per-channel Clip).
+        loose: a scale crosses Clip, whose bounds stay as they are: right for values that stay within them.
         positive: an operation was crossed that only positive scales may cross (Relu, MaxPool).
     """
 
@@ -88,11 +89,13 @@ class Region:
     kind: Kind
     choices: Mapping[ir.Node, int]
     insert: bool = False
+    loose: bool = False
     positive: bool = False
     classes: Classes = field(default_factory=Classes)
     marks: dict[ir.Value, Mark] = field(default_factory=dict[ir.Value, Mark])
     edits: dict[tuple[ir.Node, int, str], Edit] = field(default_factory=dict[tuple[ir.Node, int, str], Edit])
     clips: dict[ir.Node, Mark] = field(default_factory=dict[ir.Node, Mark])
+    loose_clips: dict[ir.Node, Mark] = field(default_factory=dict[ir.Node, Mark])
     biases: dict[ir.Node, Labels] = field(default_factory=dict[ir.Node, Labels])
     reads: dict[ir.Node, Labels] = field(default_factory=dict[ir.Node, Labels])
     blocks: list[tuple[Labels, Labels]] = field(default_factory=list[tuple[Labels, Labels]])

@@ -159,8 +159,13 @@ def reciprocal(region: Region, node: ir.Node) -> None:
 def clip(region: Region, node: ir.Node) -> None:
     """Clip(0, inf) is a Relu; other bounds would have to follow the channels."""
     low, high = (_bound(node, k) for k in (1, 2))
-    if region.kind == "permute" or (region.kind == "scale" and low == 0 and high == np.inf):
+    spans_zero = low is not None and high is not None and low <= 0 <= high
+    if region.kind == "permute" or (region.kind == "scale" and (low, high) == (0, np.inf)):
         alike(region, node, (0,))
+        return
+    if region.kind == "scale" and region.loose and spans_zero:
+        alike(region, node, (0,))
+        region.loose_clips[node] = region.marks[node.outputs[0]]
         return
     if region.kind == "shift" or low is None or high is None or not region.insert:
         reason = f"a {region.kind} cannot cross {label(node)}, whose bounds hold for all channels"

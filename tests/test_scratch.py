@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import errno
+import os
+from typing import NoReturn
+
+import ml_dtypes
+import numpy as np
+import psutil
+import pytest
+
+from qcompiler import scratch
+from qcompiler.scratch import forget, is_spilled, spilled
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int8, ml_dtypes.bfloat16, ml_dtypes.int4])
+def test_spilled_arrays_hold_the_same_numbers_before_and_after_they_are_forgotten(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-8, 8, (700, k)).astype(dtype) for k in (900, 1, 1100)]
+    found = [spilled(a) for a in arrays]
+    assert [is_spilled(a) for a in found] == [a.nbytes >= scratch.LEAST_BYTES for a in arrays]
+    for _ in range(2):
+        for a, b in zip(arrays, found, strict=True):
+            assert b.dtype == a.dtype
+            np.testing.assert_array_equal(a.astype(np.float32), b.astype(np.float32))
+        forget()
+    assert spilled(found[0]) is found[0]
+
+
+def test_forgotten_arrays_take_no_memory() -> None:
+    found = spilled(np.ones(1 << 26, np.uint8))
+    process = psutil.Process()
+    held = process.memory_info().rss
+    forget()
+    assert process.memory_info().rss < held - (1 << 25)
+    assert found.sum() == 1 << 26
+
+
+def test_without_room_on_the_disk_arrays_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(scratch, "_open", None)
+    array = np.ones(1 << 20, np.uint8)
+    assert spilled(array) is array
