@@ -56,7 +56,7 @@ def test_channels_fill_the_range_and_calibration_data_sees_the_same_function(nam
 
 
 def test_margin_leaves_room_for_other_data() -> None:
-    model = uneven("mobilenet", 2.0)
+    model = uneven("mobilenet")
     value = next(s for s in find_sites(model.ir) if s.op == "Conv" and s.groups > 1).activations[0].name or ""
     before = channel_statistics(model, [value], axis=1)[value].absmax
     Pipeline([EqualizeActivations(strength=1.0, margin=3.0, activations="static")]).run(model)
