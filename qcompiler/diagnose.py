@@ -14,16 +14,18 @@ import onnx_ir as ir
 from qcompiler.artifact import Artifact
 from qcompiler.artifact.original import original_of
 from qcompiler.build.layers import alone, stored_weight, weight_name
-from qcompiler.build.lowering import Lowering, lower
 from qcompiler.build.samples import Source, gather
+from qcompiler.calibration import Calibration
 from qcompiler.errors import BadModel
 from qcompiler.evaluate.fidelity import output_loss
 from qcompiler.formats import QTensor
-from qcompiler.graph.sites import Site
+from qcompiler.graph.functions import read_weight
+from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.segments import Segments
 from qcompiler.model import Model
 from qcompiler.pipeline import Pipeline
+from qcompiler.plan import Plan
 from qcompiler.progress import Progress
 from qcompiler.target import Feeds, Outputs
 
@@ -75,35 +77,53 @@ class Diagnosis:
     artifact: float
 
 
-def rebuild(artifact: Artifact, reference: Path | None, cache: Cache, progress: Progress) -> Lowering:
-    """Repeat the passes that made an artifact, to have floats and codes side by side again.
+def rebuild(artifact: Artifact, reference: Path | None, cache: Cache, progress: Progress) -> Model:
+    """The model as it was before lowering: floats and codes side by side.
 
-    Measurements come from the cache where they are still there.
+    The passes that changed the float graph are repeated; plan and codes are those of the artifact.
 
     Raises:
-        BadModel: the original is gone, calibration data was never a file, or the result is not the artifact's.
+        BadModel: the original is gone, calibration data was never a file, or the passes do another thing now.
     """
+    manifest, where = artifact.manifest, str(artifact.folder)
+    model = original_of(artifact, reference)
+    passes = Pipeline.from_toml(manifest["pipeline"]).passes
+    if any("transformed" not in entry for entry in manifest["passes"]):
+        raise BadModel("it was made by an earlier version of qcompiler", where, "compile again")
+    again = [item for item, entry in zip(passes, manifest["passes"], strict=True) if entry["transformed"]]
+    if again:
+        model.calibration, model.cache = _calibration(artifact, model, progress), cache
+        Pipeline(again).run(model, progress)
+    model.plan = Plan.from_json(manifest["plan"])
+    model.weights = _codes(ir.load(artifact.reference))
+    for site in find_sites(model.ir):
+        codes = model.weights.get(site.name)
+        if codes is not None and not _are_near(site.matrix(), codes):
+            raise BadModel("its passes give another result now than when it was made", where, "compile again")
+    return model
+
+
+def _calibration(artifact: Artifact, model: Model, progress: Progress) -> Calibration:
     manifest, where = artifact.manifest, str(artifact.folder)
     entry = manifest["calibration"]
     if entry["kind"] == "memory":
         fix = "compile with calibration data from a file"
-        raise BadModel("its calibration data was not a file, so its passes cannot be repeated", where, fix)
-    model = original_of(artifact, reference)
+        raise BadModel("its calibration data was not a file, so its transforms cannot be repeated", where, fix)
     samples = gather(Source.from_json(entry), model, manifest["seed"], progress)
     if samples.used.fingerprint != entry["fingerprint"]:
         raise BadModel(f"the calibration data {entry['path']} was changed since", where, "compile again")
-    model.calibration, model.cache = samples.used, cache
-    lowering = lower(model, Pipeline.from_toml(manifest["pipeline"]), progress)
-    assert lowering.lowered is not None
-    if _codes(lowering.lowered.ir) != _codes(ir.load(artifact.reference)):
-        raise BadModel("its passes give another result now than when it was made", where, "compile again")
-    return lowering
+    return samples.used
 
 
-def _codes(model: ir.Model) -> str:
-    """A hash of all constants by name."""
-    values = sorted((str(name), v.const_value) for name, v in model.graph.initializers.items() if v.const_value)
-    return Cache.key(*[part for pair in values for part in pair])
+def _codes(lowered: ir.Model) -> dict[str, QTensor]:
+    """Codes and scales of every site of a QDQ graph."""
+    weights = (read_weight(value) for node in lowered.graph for value in node.outputs)
+    return {weight.site: weight.qtensor() for weight in weights if weight is not None}
+
+
+def _are_near(matrix: npt.NDArray[np.float32], codes: QTensor) -> bool:
+    """Whether codes are of this matrix at all: the error of 2 bits is half of the numbers, that of others all."""
+    return bool(np.square(codes.decode() - matrix).sum() <= 0.8 * np.square(matrix).sum())
 
 
 def diagnose(artifact: Artifact, model: Model, feeds: Sequence[Feeds], progress: Progress) -> Diagnosis:
@@ -111,7 +131,7 @@ def diagnose(artifact: Artifact, model: Model, feeds: Sequence[Feeds], progress:
 
     Args:
         artifact: its own loss is measured too.
-        model: rounded, its graph still float (`rebuild(...).rounded`).
+        model: rounded, its graph still float (what `rebuild` gives).
         feeds: batches of inputs; losses are averaged over them.
         progress: shows how far.
     """

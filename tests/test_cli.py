@@ -158,6 +158,20 @@ def test_diagnose_shows_every_layer(work: Path, capsys: pytest.CaptureFixture[st
     assert all(0 < abs(layer["one_more_bit"]) < found["weights"] for layer in layers)
 
 
+def test_diagnose_repeats_transforms_but_no_rounding(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "plain.toml").write_text('[[pass]]\nname = "equalize"\n' + PIPELINE)
+    assert run_command(compile_line()) == 0
+    passes = json.loads((work / "two.qc" / "manifest.json").read_text())["passes"]
+    assert [entry["transformed"] for entry in passes] == [True, False, False, False]
+    capsys.readouterr()
+    monkeypatch.setattr("qcompiler.passes.round.gptq.GPTQ.run", lambda *_: pytest.fail("rounded again"))
+    assert run_command(["diagnose", "two.qc", "--data", "calib.npz", "--samples", "24", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["whole"] == pytest.approx(found["weights"], rel=1e-3)
+
+
 def test_explain_writes_nothing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(compile_line("--explain", "--json")) == 0
     out = capsys.readouterr().out

@@ -134,13 +134,19 @@ def _result(lowering: Lowering, compiled: Compiled, judgement: Judgement) -> dic
         "tolerance": {**asdict(compiled.tolerance), "rule": RULE},
         "verification": judgement.verification,
         "facts": dict(compiled.facts),
-        "passes": [_pass(report) for report in lowering.reports],
+        "passes": [_pass(*each) for each in zip(lowering.reports, lowering.transformed, strict=True)],
     }
 
 
-def _pass(report: PassReport) -> dict[str, Any]:
+def _pass(report: PassReport, transformed: bool) -> dict[str, Any]:
     refused = [{"where": r.where, "reason": r.reason} for r in report.refused]
-    return {"name": report.name, "changed": report.changed, "refused": refused, "seconds": report.seconds}
+    return {
+        "name": report.name,
+        "changed": report.changed,
+        "transformed": transformed,
+        "refused": refused,
+        "seconds": report.seconds,
+    }
 
 
 def _value(value: ir.Value) -> dict[str, Any]:

@@ -24,12 +24,14 @@ class Lowering:
         rounded: transformed, planned and rounded, its graph still float.
         lowered: the QDQ graph; None if the pipeline was stopped after planning.
         reports: one a pass.
+        transformed: one a pass: whether it changed the float graph (lowering does not count).
     """
 
     original: Model
     rounded: Model
     lowered: Model | None
     reports: list[PassReport]
+    transformed: list[bool]
 
 
 def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bool = False) -> Lowering:
@@ -47,18 +49,27 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
     """
     work, rounded = model.clone(), model
     reports: list[PassReport] = []
+    transformed: list[bool] = []
     for item in pipeline.passes:
         rounded = rounded if work.lowered else work.clone()
+        before = _identity(work)
         reports += replace(pipeline, passes=[item]).run(work, progress)
+        transformed.append(not work.lowered and _identity(work) != before)
         _spill(work, model)
         give_back((*model.graph.initializers.values(), *work.graph.initializers.values()))
         if only_plan and work.plan.sites:
-            return Lowering(model, work, None, reports)
+            return Lowering(model, work, None, reports, transformed)
     if only_plan:
         raise BadOption("the pipeline makes no plan", "--explain", "put 'allocate' or 'uniform' in the pipeline")
     if not work.lowered:
         raise BadOption("the pipeline does not lower the model", "--pipeline", "end it with the pass 'insert-qdq'")
-    return Lowering(model, rounded, work, reports)
+    return Lowering(model, rounded, work, reports, transformed)
+
+
+def _identity(model: Model) -> tuple[list[int], dict[str, int]]:
+    """Which nodes and tensors a graph is made of: transforms replace what they change."""
+    tensors = {name: id(value.const_value) for name, value in model.graph.initializers.items()}
+    return [id(node) for node in model.graph], tensors
 
 
 def _spill(work: Model, original: Model) -> None:

@@ -29,7 +29,7 @@ def command(
     loaded, progress = load_artifact(artifact), Terminal()
     feeds = batches(read_samples(data, loaded), loaded, None, samples)
     with open_cache(resume=True) as cache:
-        found = diagnose(loaded, rebuild(loaded, reference, cache, progress).rounded, feeds, progress)
+        found = diagnose(loaded, rebuild(loaded, reference, cache, progress), feeds, progress)
     if json:
         layers = [layer.to_json() for layer in found.layers]
         print_json({"artifact": str(artifact), "weights": found.weights, "whole": found.artifact, "layers": layers})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -44,15 +45,15 @@ def map_once(model: ir.Model) -> ir.Model:
     Returns:
         The same model.
     """
-    maps: dict[str, mmap.mmap] = {}
+    maps: dict[Path, mmap.mmap] = {}
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor) or not tensor.nbytes:
                 continue
-            path = str(tensor.path)
+            path = Path(tensor.path)
             if path not in maps:
-                with open(path, "rb") as file:
+                with path.open("rb") as file:
                     maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             stored = np.frombuffer(maps[path], np.uint8, tensor.nbytes, tensor.offset or 0)
             shape = tensor.shape.numpy()
