@@ -24,7 +24,7 @@ def add_to_bias(graph: ir.Graph, site: Site, shift: Floats) -> None:
     for node in users:
         done = _into_following_add(graph, node, shift) if node.op_type == "MatMul" else _into_input(graph, node, shift)
         if not done:
-            _append_add(graph, node, _shaped(site, node, shift))
+            append_add(graph, node, _constant(graph, node, None, shaped(site, shift)))
 
 
 def _into_input(graph: ir.Graph, node: ir.Node, shift: Floats) -> bool:
@@ -56,23 +56,22 @@ def _into_following_add(graph: ir.Graph, node: ir.Node, shift: Floats) -> bool:
     return True
 
 
-def _append_add(graph: ir.Graph, node: ir.Node, shift: Floats) -> None:
+def append_add(graph: ir.Graph, node: ir.Node, term: ir.Value) -> None:
     """Put an Add behind the node; its result takes over the name, for graph outputs and calibrated ranges."""
     old = node.outputs[0]
     name, old.name = old.name, f"{old.name}_uncorrected"
     new = ir.val(name, dtype=old.dtype, shape=old.shape)
-    add = ir.node("Add", [None, None], name=f"{name}_bias", outputs=[new])
+    add = ir.node("Add", [None, term], name=f"{name}_bias", outputs=[new])
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     add.replace_input_with(0, old)
     graph.insert_after(node, add)
-    _set_constant(graph, add, 1, shift)
 
 
-def _shaped(site: Site, node: ir.Node, shift: Floats) -> Floats:
-    """The shift in a form that broadcasts against the operation's output."""
-    if node.op_type in ("Conv", "ConvTranspose"):
+def shaped(site: Site, shift: Floats) -> Floats:
+    """A shift [rows] in a form that broadcasts against the output of the site's operations."""
+    if site.layout.startswith("conv"):
         return shift.reshape(-1, *[1] * (len(site.shape) - 2))
-    if node.op_type == "MatMul" and len(site.shape) > 2:
+    if site.layout == "columns-first" and len(site.shape) > 2:
         return shift.reshape(*site.shape[:-2], 1, site.shape[-1])
     return shift
 
@@ -85,11 +84,17 @@ def _numpy(value: ir.Value) -> npt.NDArray[np.float32]:
 
 def _set_constant(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[np.float32]) -> None:
     """A new initializer as an input: the old one may be shared with other operations."""
-    old, data = node.inputs[index], node.inputs[0] or node.outputs[0]
-    dtype = (old.dtype if old is not None else data.dtype) or ir.DataType.FLOAT
+    old = node.inputs[index]
+    node.replace_input_with(index, _constant(graph, node, old, array))
+    if old is not None and old.is_initializer() and not old.uses() and not old.is_graph_output():
+        del graph.initializers[str(old.name)]
+
+
+def _constant(graph: ir.Graph, node: ir.Node, like: ir.Value | None, array: npt.NDArray[np.float32]) -> ir.Value:
+    """A new initializer, of the type of what it replaces or else of the node's data."""
+    data = node.inputs[0] or node.outputs[0]
+    dtype = (like.dtype if like is not None else data.dtype) or ir.DataType.FLOAT
     name = f"{node.name or node.outputs[0].name}_bias_corrected"
     value = ir.val(name, const_value=ir.tensor(array.astype(dtype.numpy()), name=name))
     graph.register_initializer(value)
-    node.replace_input_with(index, value)
-    if old is not None and old.is_initializer() and not old.uses() and not old.is_graph_output():
-        del graph.initializers[str(old.name)]
+    return value

@@ -23,6 +23,7 @@ from qcompiler.formats.base import Floats
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.segments import Boundary, Segments
 from qcompiler.model import Model
+from qcompiler.passes.lower.bias import append_add, shaped
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.round.quantized_values import bounds_of, follower
 from qcompiler.passes.round.rows import block_count
@@ -106,24 +107,15 @@ def _shift_name(site: Site) -> str:
 
 
 def _append_shift(graph: ir.Graph, site: Site) -> None:
-    """Add a constant to the output of a site; the sum takes over the output's name (it may have a range)."""
-    shape = (site.rows, *[1] * (len(site.shape) - 2)) if site.layout.startswith("conv") else (site.rows,)
-    if site.layout == "columns-first" and len(site.shape) > 2:
-        shape = (*site.shape[:-2], 1, site.shape[-1])
+    """Add a constant, zero so far, to the output of a site; the sum takes over the output's name."""
     name = _shift_name(site)
     dtype = (site.weight.dtype or ir.DataType.FLOAT).numpy()
-    shift = ir.val(name, const_value=ir.tensor(np.zeros(shape, dtype), name=name))
+    zeros = shaped(site, np.zeros(site.rows, np.float32)).astype(dtype)
+    shift = ir.val(name, const_value=ir.tensor(zeros, name=name))
     graph.register_initializer(shift)
     for node in site.users:
-        if node.op_type == "Gather":
-            continue
-        old = node.outputs[0]
-        kept, old.name = old.name, f"{old.name}/uncorrected"
-        new = ir.val(kept, dtype=old.dtype, shape=old.shape)
-        add = ir.node("Add", [None, shift], name=f"{kept}/correction", outputs=[new])
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        add.replace_input_with(0, old)
-        graph.insert_after(node, add)
+        if node.op_type != "Gather":
+            append_add(graph, node, shift)
 
 
 class _Stream:
