@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from qcompiler.budget import bits_per_weight
 from qcompiler.errors import PassRefused
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
@@ -19,6 +20,7 @@ from qcompiler.pipeline import Pass, PassReport
 from qcompiler.progress import Progress
 
 _TOKENS = 1 << 13
+_NARROW = 6  # bits
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class ActivationRanges(Pass):
             after the weights are rounded.
         percentile: for the method of that name: this share of the values stays inside.
         samples: of the calibration data, at most.
-        judges: samples on whose outputs a search is judged.
+        judges: samples on whose outputs a search is judged; half of them where weights have fewer than 6 bits on
+            average, whose errors are larger than those of any range.
         outputs: whether outputs of the graph get a grid too (a quantized output costs accuracy, and float
             results of a last Gemm or MatMul cost no time).
     """
@@ -65,7 +68,8 @@ class ActivationRanges(Pass):
         grids: dict[str, StaticRange] = {}
         histograms = self._histograms(model, targets, progress)
         if self.method == "search":
-            feeds = calibration_feeds(model, self.judges, _TOKENS)
+            narrow = bool(model.weights) and bits_per_weight(model) < _NARROW
+            feeds = calibration_feeds(model, -(-self.judges // 2) if narrow else self.judges, _TOKENS)
             return RangeSearch(model, targets, histograms, feeds).run(progress)
         for target, histogram in zip(targets, histograms, strict=True):
             low, high = histogram.low, histogram.high
