@@ -75,6 +75,47 @@ def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path: Path) -> None:
     assert [p.name for p in out.iterdir()] == ["manifest.json"]
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "my/results.csv", "my", "__pycache__/other.cpython-311.pyc"])
+def test_files_of_the_user_in_an_artifact_are_never_deleted(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "a.qc"
+    make(out, "first")
+    mine = out / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine") if "." in name else mine.mkdir()
+    with pytest.raises(OutputError, match=f"a.qc: holds '{name.split('/')[0]}.*; move it or choose another -o"):
+        check_output(out)
+    with pytest.raises(OutputError, match="would delete"):
+        make(out, "second")
+    assert mine.exists()
+    assert (out / "weights.bin").read_text() == "first"
+
+
+def appearing(out: Path) -> None:
+    with new_folder(out) as folder:
+        write_manifest(folder, ENTRIES)
+        (out / "notes.txt").write_text("mine")
+
+
+def test_a_file_that_appears_in_an_artifact_meanwhile_is_not_deleted(tmp_path: Path) -> None:
+    out = tmp_path / "a.qc"
+    make(out, "first")
+    with pytest.raises(OutputError, match=r"holds 'notes\.txt'"):
+        appearing(out)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "weights.bin").read_text() == "first"
+
+
+def test_what_python_caches_of_an_artifact_is_no_file_of_the_user(tmp_path: Path) -> None:
+    out = tmp_path / "a.qc"
+    with new_folder(out) as folder:
+        (folder / "runtime.py").write_text("x = 1")
+        write_manifest(folder, ENTRIES)
+    (out / "__pycache__").mkdir()
+    (out / "__pycache__" / "runtime.cpython-311.pyc").write_bytes(b"x")
+    make(out, "second")
+    assert (out / "weights.bin").read_text() == "second"
+
+
 def test_what_appears_at_the_place_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "a.qc"
     with pytest.raises(OutputError, match="not an artifact"):

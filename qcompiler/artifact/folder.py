@@ -16,6 +16,7 @@ from qcompiler.artifact.manifest import KIND, MANIFEST
 from qcompiler.errors import OutputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CACHE = "__pycache__"
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
 
 
@@ -23,7 +24,7 @@ def check_output(out: Path) -> None:
     """See, before long work, whether `out` can be written; leaves nothing behind.
 
     Raises:
-        OutputError: it exists and is not an artifact, or its parent cannot be written.
+        OutputError: it exists and is not an artifact, or holds files beside it, or its parent cannot be written.
     """
     _refuse_foreign(out)
     _temporary(_behind_links(out)).rmdir()
@@ -56,21 +57,40 @@ def new_folder(out: Path) -> Generator[Path]:
 def _refuse_foreign(out: Path) -> None:
     if not (out.exists() or out.is_symlink()):
         return
-    if out.is_dir() and (not any(out.iterdir()) or _is_ours(out)):
-        return
-    raise OutputError("exists and is not an artifact of qcompile", str(out), "remove it or choose another -o")
+    ours = _own_files(out)
+    if not out.is_dir() or (ours is None and any(out.iterdir())):
+        raise OutputError("exists and is not an artifact of qcompile", str(out), "remove it or choose another -o")
+    foreign = _foreign(out, ours or set())
+    if foreign is not None:
+        what = f"holds '{foreign}', which qcompile did not write and would delete"
+        raise OutputError(what, str(out), "move it or choose another -o")
 
 
 def _behind_links(out: Path) -> Path:
     return out.resolve() if out.is_symlink() else out
 
 
-def _is_ours(out: Path) -> bool:
+def _own_files(out: Path) -> set[Path] | None:
+    """The files that an artifact's manifest lists, and itself; None where there is no artifact."""
     try:
         manifest: Any = json.loads((out / MANIFEST).read_text("utf-8"))
-        return bool(manifest["kind"] == KIND)
+        return {Path(MANIFEST), *map(Path, manifest["files"])} if manifest["kind"] == KIND else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return None
+
+
+def _foreign(out: Path, ours: set[Path]) -> Path | None:
+    """The first thing in a folder that is no file of the artifact and leads to none."""
+    known = ours | {folder for file in ours for folder in file.parents}
+    inside = (path.relative_to(out) for path in sorted(out.rglob("*")))
+    return next((path for path in inside if path not in known and not _is_cache(path, ours)), None)
+
+
+def _is_cache(path: Path, ours: set[Path]) -> bool:
+    """Whether Python left it behind when it imported a file of the artifact."""
+    if path.parent.name == _CACHE:
+        return path.parent.parent / f"{path.name.split('.')[0]}.py" in ours
+    return path.name == _CACHE and any(file.suffix == ".py" and file.parent == path.parent for file in ours)
 
 
 def _temporary(out: Path) -> Path:
