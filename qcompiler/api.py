@@ -53,13 +53,14 @@ class CompileResult:
         stored_bytes: of all constants, as a "MB" budget counts.
         fp32_bytes: of the original's constants.
         predicted_loss, lower_bound, gap: of the allocation; None for a plan made without a solver.
-        realised_loss: the same loss of the finished artifact on held-back data.
-        fidelity: sqnr_db, kl and top1_agreement against the original, on held-back data.
+        realised_loss: the same loss of the finished artifact on held-back data, if `held_back` is not 0.
+        fidelity: sqnr_db, kl and top1_agreement against the original, on held-back data, if `held_back` is not 0.
         verified: the artifact was run in a fresh process and equals its QDQ reference.
         seconds: wall time.
         peak_rss_bytes: peak memory; after `explain` what is expected.
         plan: the decisions.
         reports: one a pass.
+        held_back: samples that were judged by and not measured on; 0: too few, judged by the calibration samples.
     """
 
     artifact: Path | None
@@ -78,6 +79,7 @@ class CompileResult:
     peak_rss_bytes: int
     plan: Plan
     reports: Sequence[PassReport] = ()
+    held_back: int = 0
 
     def summary(self) -> dict[str, Any]:
         """The object that `qcompile --json` prints."""
@@ -209,4 +211,7 @@ def _result(lowering: Lowering, out: Path, manifest: dict[str, Any]) -> CompileR
     )  # fmt: skip
     values = {name: manifest[name] for name in names}
     plan, budget = lowering.rounded.plan, tuple(manifest["budget"])
-    return CompileResult(artifact=out, budget=budget, verified=True, plan=plan, reports=lowering.reports, **values)
+    return CompileResult(
+        artifact=out, budget=budget, verified=True, plan=plan, reports=lowering.reports,
+        held_back=manifest["calibration"]["held_back"], **values,
+    )  # fmt: skip

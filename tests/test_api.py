@@ -187,6 +187,21 @@ def test_an_eighth_is_held_back(work: Path, count: int, used: int, held: int) ->
         np.testing.assert_array_equal(seen, data)
 
 
+@pytest.mark.parametrize(("count", "held_back"), [(1, 0), (3, 0), (4, 2)])
+def test_figures_taken_on_the_calibration_data_are_called_so(work: Path, count: int, held_back: int) -> None:
+    notes: list[str] = []
+    listening = type("Listening", (Silent,), {"note": lambda self, text: notes.append(text)})()
+    data = [{"x": np.random.default_rng(2).normal(size=(count, 32)).astype("f")}]
+    result = qc.compile(work, "onnx", "5bits", data, "mixed.toml", progress=listening)
+    manifest, page = qc.load("chain.qc").manifest, Path("chain.qc", "report.html").read_text()
+    assert result.held_back == manifest["calibration"]["held_back"] == held_back
+    assert ("held back" in {v["inputs"] for v in manifest["verification"]}) == bool(held_back)
+    assert ("held-back" in page) == bool(held_back)
+    assert sum("none is held back, and fidelity is taken on" in note for note in notes) == (not held_back)
+    assert result.fidelity["sqnr_db"] is not None
+    assert result.realised_loss is not None
+
+
 def test_public_names_exist() -> None:
     for name in qc.__all__:
         assert getattr(qc, name) is not None

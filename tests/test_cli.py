@@ -93,6 +93,15 @@ def test_summary_for_people(work: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "out.qc/report.html" in out
 
 
+def test_summary_of_a_compilation_that_could_hold_nothing_back(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("calib.npz", x=np.ones((2, 16), "f"))
+    assert run_command(compile_line()) == 0
+    out, err = capsys.readouterr()
+    assert "held-back" not in out
+    assert "on the calibration data" in out
+    assert "only 2 calibration samples: none is held back" in err
+
+
 def test_run_writes_what_the_artifact_computes(work: Path) -> None:
     import qcompiler
 

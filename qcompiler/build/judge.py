@@ -24,7 +24,7 @@ from qcompiler.target import Feeds, Outputs, Tolerance
 
 _MOST_BYTES = 64_000_000  # of the outputs of each kind of inputs
 _LARGE = 24_000_000  # a sample with larger outputs (logits of a language model) is shortened if it is a text
-HELD_BACK = "held back"
+CALIBRATION, HELD_BACK = "calibration", "held back"
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Judgement:
 
     Attributes:
         verification: one entry a kind of inputs, as `Agreement.conclude` makes it.
-        fidelity: sqnr_db, kl, top1_agreement against the original on held-back samples; None where undefined.
-        loss: the loss that allocation predicts, of the artifact, on held-back samples.
-        held_back: samples that fidelity was taken on.
+        fidelity: sqnr_db, kl, top1_agreement against the original; None where undefined. On held-back samples,
+            or on the calibration samples where none are held back.
+        loss: the loss that allocation predicts, of the artifact, on the same samples.
+        held_back: samples that fidelity was taken on; 0 if these are the calibration samples.
         batch: samples a run, such that the outputs of a run stay small.
         length: positions of a text that were run, for the same reason; None: all.
     """
@@ -61,16 +62,17 @@ def judge(
     outputs = _outputs(FreshProcess(target, folder), [feed for part in kinds.values() for feed in part])
     reference = Reference(ir.load(folder / REFERENCE), tolerance.noise)
     verification: list[dict[str, Any]] = []
-    score = Score()
+    score, judged_by = Score(), HELD_BACK if samples.held_back else CALIBRATION
     for kind, part in kinds.items():
         agreement = Agreement(kind, reference, tolerance, FEW)
         for feed, wanted in zip(part, truths[kind], strict=True):
             found = next(outputs)
             agreement.add(feed, found, wanted, rows([feed]))
-            if kind == HELD_BACK:
+            if kind == judged_by:
                 score.add(feed, wanted, found)
         verification.append(agreement.conclude())
-    return Judgement(verification, score.fidelity, score.loss, score.samples, batch, length)
+    held_back = score.samples if samples.held_back else 0
+    return Judgement(verification, score.fidelity, score.loss, held_back, batch, length)
 
 
 def _inputs_and_outputs(
@@ -106,8 +108,10 @@ def _outputs(process: FreshProcess, feeds: list[Feeds]) -> Iterator[Outputs]:
 
 def _inputs(samples: Samples, batch: int, most: int) -> dict[str, list[Feeds]]:
     """Batches of each kind, at most `most` samples of each."""
-    return {
-        "calibration": list(samples.used.batches(batch, min(FEW, most))),
+    kinds: dict[str, list[Feeds]] = {
+        CALIBRATION: list(samples.used.batches(batch, min(FEW, most))),
         "random": list(samples.random.batches(batch, min(FEW, most))),
-        HELD_BACK: list(samples.held.batches(batch, min(samples.held.count, most))),
     }
+    if samples.held_back:
+        kinds[HELD_BACK] = list(samples.held.batches(batch, min(samples.held.count, most)))
+    return kinds

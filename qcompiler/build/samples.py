@@ -14,6 +14,7 @@ from qcompiler.progress import Progress
 from qcompiler.target import Feeds
 
 _MOST_HELD = 64  # samples
+_LEAST = 4  # samples, to hold some back
 FEW = 8  # verification inputs of each kind
 _BATCH_BYTES = 1 << 24  # of inputs; activations are many times larger
 _MOST_BATCH = 8
@@ -55,7 +56,7 @@ class Samples:
     Attributes:
         source: where it came from.
         used: what passes may measure on.
-        held: what only fidelity and verification see.
+        held: what only fidelity and verification see; the same as `used` where there are too few to spare one.
         random: inputs made at random within the inputs' types.
         batch: samples a run.
     """
@@ -66,6 +67,11 @@ class Samples:
     random: Calibration
     batch: int
 
+    @property
+    def held_back(self) -> bool:
+        """Whether what is judged by was not measured on."""
+        return self.held is not self.used
+
     def feeds(self, part: Calibration, limit: int | None = FEW) -> list[Feeds]:
         """Some samples of a part, in batches."""
         return list(part.batches(self.batch, limit))
@@ -74,7 +80,7 @@ class Samples:
 def gather(source: Source, model: Model, seed: int, progress: Progress) -> Samples:
     """Read or make the samples and hold an eighth back, at least 2 of 4 or more, at most 64.
 
-    With fewer than 4 samples all of them are used and judged by: too few to spare one.
+    With fewer than 4 samples all of them are used and judged by, and the user is told: too few to spare one.
 
     Raises:
         BadData: the model cannot take them.
@@ -84,7 +90,10 @@ def gather(source: Source, model: Model, seed: int, progress: Progress) -> Sampl
     if whole.warning:
         progress.note(whole.warning)
     count = whole.count
-    held = 0 if count < 4 else min(_MOST_HELD, max(2, math.ceil(count / 8)))
+    if count < _LEAST:
+        what = f"only {count} calibration sample{'' if count == 1 else 's'}: none is held back"
+        progress.note(f"{what}, and fidelity is taken on what the compiler measured on; give {_LEAST} or more")
+    held = 0 if count < _LEAST else min(_MOST_HELD, max(2, math.ceil(count / 8)))
     used, kept = (whole.take(count - held), whole.part(count - held, count)) if held else (whole, whole)
     one = feed_bytes(next(iter(whole.batches(1, 1))))
     return Samples(source, used, kept, random, max(1, min(_MOST_BATCH, _BATCH_BYTES // max(one, 1))))

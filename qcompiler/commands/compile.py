@@ -88,11 +88,12 @@ def _print_summary(result: CompileResult) -> None:
     print_table(["weights", "layers"], _by_format(result))
     fidelity = result.fidelity
     assert result.artifact is not None
+    data = "held-back data" if result.held_back else "the calibration data"
     ratio = result.fp32_bytes / max(result.stored_bytes, 1)
     facts = [
         ("bits per weight", f"{result.bits_per_weight:.3f}, scales counted"),
         ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}, {ratio:.1f} times smaller"),
-        ("loss", f"{brief(result.realised_loss)} on held-back data, predicted {brief(result.predicted_loss)}"),
+        ("loss", f"{brief(result.realised_loss)} on {data}, predicted {brief(result.predicted_loss)}"),
         ("SQNR", f"{brief(fidelity['sqnr_db'], '.1f')} dB"),
     ]
     if fidelity["top1_agreement"] is not None:

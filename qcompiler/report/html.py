@@ -22,7 +22,7 @@ def render(data: Mapping[str, Any]) -> str:
     charts = {
         "bits": plots.bits_per_layer(layers),
         "heatmap": plots.sensitivity_heatmap(data["sensitivity"]),
-        "scatter": plots.predicted_realised(layers),
+        "scatter": plots.predicted_realised(layers, _judged_by(data["figures"]["held_back"])),
         "curve": plots.size_curve(data["curve"]),
         "parts": plots.byte_parts(data["parts"]),
         "treemap": plots.byte_treemap(layers),
@@ -30,6 +30,10 @@ def render(data: Mapping[str, Any]) -> str:
     }
     plain = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return template.render(**data, charts={name: Markup(svg) for name, svg in charts.items()}, plain=Markup(plain))
+
+
+def _judged_by(held_back: int) -> str:
+    return "held-back data" if held_back else "calibration data"
 
 
 def brief(value: float | None, digits: int = 3) -> str:

@@ -91,8 +91,8 @@ def sensitivity_heatmap(sensitivity: Mapping[str, Any] | None) -> str:
     return d.render("Sensitivity of each layer at each width")
 
 
-def predicted_realised(layers: Sequence[Layer]) -> str:
-    """Per layer, loss predicted at allocation against loss of the final codes on held-back data."""
+def predicted_realised(layers: Sequence[Layer], data: str) -> str:
+    """Per layer, loss predicted at allocation against loss of the final codes on `data`, as the axis calls it."""
     points = [
         (layer["predicted"], layer["realised"], layer)
         for layer in layers
@@ -104,7 +104,7 @@ def predicted_realised(layers: Sequence[Layer]) -> str:
     ends = [v for a, b, _ in points for v in (a, b)]
     low, high = 10 ** math.floor(math.log10(min(ends))), 10 ** math.ceil(math.log10(max(ends)))
     x, y = logarithmic(low, high, d.x0, d.x1), logarithmic(low, high, d.y0, d.y1)
-    d.y_axis(decades(low, high), y, "realised loss, held-back data")
+    d.y_axis(decades(low, high), y, f"realised loss, {data}")
     d.x_axis(decades(low, high), x, "predicted loss, calibration data")
     d.line(x(low), y(low), x(high), y(high), "guide")
     for predicted, realised, layer in points:
