@@ -11,10 +11,11 @@ from __future__ import annotations
 import time
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from qcompiler import registry
 from qcompiler.errors import BadOption, Refusal
@@ -23,6 +24,7 @@ from qcompiler.progress import Progress, Silent
 
 EXACT: Literal["exact"] = "exact"
 LOSSY: Literal["lossy"] = "lossy"
+_WORDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 __all__ = ["EXACT", "LOSSY", "Pass", "PassReport", "Pipeline", "Refusal"]
 
 
@@ -141,19 +143,60 @@ def _build(table: dict[str, Any], where: str) -> Pass:
     unknown = sorted(set(table) - set(known))
     if unknown:
         raise BadOption(f"pass '{name}' has no option '{unknown[0]}'", where, f"it has {', '.join(known) or 'none'}")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}  # type: ignore[reportUnknownArgumentType]
-    for key, value in options.items():
-        if isinstance(known[key].default, tuple) and not isinstance(value, tuple):
-            options[key] = value = (value,)  # one value is a list of one
-        _check_type(name, key, value, known[key].default, where)
+    kinds = _kinds(cls)
+    options = {key: _checked(name, known[key], value, kinds.get(key, Any), where) for key, value in table.items()}
     return cls(**options)
 
 
-def _check_type(name: str, key: str, value: Any, default: Any, where: str) -> None:
-    kinds: Iterable[type] = (type(default), int) if isinstance(default, float) else (type(default),)
-    if default is not None and type(value) not in kinds:
-        raise BadOption(
-            f"option '{key}' of pass '{name}' is {value!r}",
-            where,
-            f"give a {type(default).__name__}, such as {default!r}",
-        )
+def _kinds(cls: type[Pass]) -> dict[str, Any]:
+    """The annotations of a class; none where another package's names something that only type checkers import."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        return {}
+
+
+def _checked(name: str, option: Field[Any], value: Any, kind: Any, where: str) -> Any:
+    """A value out of TOML as the option wants it: lists as tuples, one value for a list of one."""
+    value = _tuples(value)
+    if not _fits(value, kind):
+        if not _fits((value,), kind):
+            example = "" if option.default in (MISSING, "", ()) else f", such as {_toml_value(option.default)}"
+            what = f"option '{option.name}' of pass '{name}' is {value!r}"
+            raise BadOption(what, where, f"give {_described(kind)}{example}")
+        value = (value,)
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value  # type: ignore[reportUnknownArgumentType]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation says; a whole number is a number, true and false are neither."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in args)
+    if origin is tuple:
+        each = args[:1] * len(value) if isinstance(value, tuple) and args[1:] == (...,) else args  # type: ignore[reportUnknownArgumentType]
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))  # type: ignore[reportUnknownArgumentType]
+    if kind is float:
+        return type(value) in (float, int)
+    plain = origin or kind
+    if plain is Any or not isinstance(plain, type):
+        return True
+    return isinstance(value, plain) and not (plain is int and isinstance(value, bool))
+
+
+def _described(kind: Any) -> str:
+    """An annotation in words."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_described, args))
+    if origin is Literal:
+        return " or ".join(map(_toml_value, args))
+    if origin is tuple:
+        return f"a list, each {_described(args[0])}" if args[1:] == (...,) else f"a list of {len(args)}"
+    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))

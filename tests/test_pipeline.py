@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.plan.allocate import Allocate
 from qcompiler.passes.plan.uniform import Uniform
-from qcompiler.pipeline import EXACT, Pass, PassReport, Pipeline
+from qcompiler.pipeline import EXACT, Pass, PassReport, Pipeline, _fits
 from qcompiler.progress import Progress
 
 
@@ -90,6 +90,54 @@ def test_toml_there_and_back(pipeline: Pipeline, tmp_path: Path) -> None:
 def test_what_is_wrong_in_a_file_is_named(text: str, message: str) -> None:
     with pytest.raises(BadOption, match=message):
         Pipeline.from_toml(text, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "expected"),
+    [
+        ("allocate", "budget = 4", 'give a text or a list, each a text, such as ["4bits"]'),
+        ("allocate", "budget = [4, '1MB']", "a list, each a text"),
+        ("allocate", "bits = ['4']", "a list, each a whole number"),
+        ("allocate", "bits = [4.0]", "a list, each a whole number"),
+        ("allocate", "group_sizes = 1.5", "give a list, each a whole number"),
+        ("allocate", "samples = true", "give a whole number, such as 0"),
+        ("allocate", "seconds = '4'", "give a number, such as 240.0"),
+        ("allocate", "seconds = true", "give a number, such as 240.0"),
+        ("allocate", "seconds = 1979-05-27", "give a number, such as 240.0"),
+        ("equalize", "clips = 1", "give true or false, such as false"),
+        ("uniform", "keep = {a = 1}", "give a list, each a text"),
+        ("gptq", "order = 'random'", 'give "diagonal" or "natural"'),
+        ("gptq", "sweeps = [3]", "give a whole number, such as 3"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told_with_what_is_expected(name: str, line: str, expected: str) -> None:
+    option = line.split(" = ", maxsplit=1)[0]
+    with pytest.raises(BadOption) as caught:
+        Pipeline.from_toml(f"[[pass]]\nname = '{name}'\n{line}", "here")
+    assert str(caught.value).startswith(f"here: option '{option}' of pass '{name}' is ")
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "option", "value"),
+    [
+        ("bits = 4", "bits", (4,)),
+        ("bits = [2, 4]", "bits", (2, 4)),
+        ("seconds = 3", "seconds", 3),
+        ("budget = '3bits'", "budget", ("3bits",)),
+        ("keep = 'embeddings'", "keep", ("embeddings",)),
+        ("keep = []", "keep", ()),
+    ],
+)
+def test_values_that_mean_the_type_are_taken(line: str, option: str, value: object) -> None:
+    assert getattr(Pipeline.from_toml(f"[[pass]]\nname = 'allocate'\n{line}").passes[0], option) == value
+
+
+@pytest.mark.parametrize(("value", "kind"), [((1, "a"), tuple[int, str]), (5, Any), ({"a": 1}, dict[str, int])])
+def test_options_of_other_packages_may_have_any_type(value: object, kind: object) -> None:
+    assert _fits(value, kind)
+    assert not _fits(value, bool)
+    assert not _fits(value, tuple[int, int])
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
