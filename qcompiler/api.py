@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -99,7 +100,7 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     budget: str | Sequence[str] | None = None,
     calibration: Calibration | Path | str | Iterable[Any] | None = None,
     pipeline: Pipeline | Path | str | None = None,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     output: Path | str | None = None,
     seed: int = 0,
     resume: bool = True,
@@ -118,7 +119,7 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
         calibration: .npz or .npy, a folder of images, a text file, an iterable of feeds, a `Calibration`;
             without any, the compiler makes inputs and accuracy suffers.
         pipeline: name of a recipe, a TOML file or a `Pipeline`; by default the recipe that suits the model.
-        keep: patterns of sites that stay float; "embeddings" means all of them.
+        keep: a pattern of sites that stay float, or several; "embeddings" means all of them.
         output: the folder to write; the model's name with ".qc" in the current folder by default.
         seed: of everything random.
         resume: keep measurements in $QCOMPILER_CACHE or ~/.cache/qcompiler, and go on from those that are there.
@@ -133,11 +134,12 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     """
     start = time.monotonic()
     progress = progress or Silent()
+    model = model if isinstance(model, Model) else _path_of(model)
     options = _options(target, budget, keep, seed, activations)
     backend = registry.find("backends", target)()
     if not explain:
         require_toolchain(backend)
-    source = model if isinstance(model, Model) else load_onnx(Path(model))
+    source = model if isinstance(model, Model) else load_onnx(model)
     check_suitable(source, backend)
     out = Path(output) if output is not None else Path(f"{source.name}.qc")
     if not explain:
@@ -152,7 +154,7 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
         lowering = lower(work, passes, progress, only_plan=explain)
         if explain:
             return _explained(lowering, options, samples, start)
-        path = None if isinstance(model, Model) else Path(model)
+        path = None if isinstance(model, Model) else model
         manifest = emit(lowering, out, options, passes, samples, path, start, progress)
     return _result(lowering, out, manifest)
 
@@ -163,23 +165,46 @@ def load(path: Path | str) -> Any:
     Raises:
         BadModel: it is neither, or broken.
     """
-    path = Path(path)
+    path = _path_of(path)
     return load_artifact(path) if path.is_dir() else load_onnx(path)
 
 
-def _options(
-    target: str, budget: str | Sequence[str] | None, keep: Sequence[str], seed: int, activations: str
-) -> Options:
-    budgets = (budget,) if isinstance(budget, str) else tuple(budget or ())
+def _path_of(model: Any) -> Path:
+    """The file that a caller gave as a model, or BadOption that says how to make one of what was given."""
+    if isinstance(model, str | os.PathLike):
+        return Path(model)  # type: ignore[reportUnknownArgumentType]
+    fix = "give the path of an ONNX file, or what qcompiler.load or qcompiler.capture returned"
+    torch = sys.modules.get("torch")  # who holds a module has imported it
+    if torch is not None and isinstance(model, torch.nn.Module):
+        fix = "use qcompiler.capture(module, example_inputs)"
+    raise BadOption(f"a {type(model).__name__} is not a model that can be compiled", "model", fix)
+
+
+def _texts(values: Any, option: str, fix: str) -> tuple[str, ...]:
+    """One text or several as a tuple."""
+    given: Any = (values,) if isinstance(values, str) else () if values is None else values
+    several: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)  # type: ignore[reportUnknownArgumentType]
+    if not all(isinstance(one, str) for one in several):
+        raise BadOption(f"{values!r} is not a text", option, fix)
+    return several
+
+
+def _options(target: Any, budget: Any, keep: Any, seed: Any, activations: str) -> Options:
+    number = budget if isinstance(budget, int | float) else 4
+    budgets = _texts(budget, "--budget", f'write "{number:g}bits" for bits per weight, or "120MB" for a size')
+    patterns = _texts(keep, "--keep", 'write "embeddings", or patterns of names such as "layers.0.*"')
     for text in budgets:
         parse_budget(text)
-    if target not in (known := registry.names("backends")):
+    known = registry.names("backends")
+    if not isinstance(target, str) or target not in known:
         raise BadOption(f"unknown target '{target}'", "--target", f"choose one of {', '.join(sorted(known))}")
+    if not isinstance(seed, int):
+        raise BadOption(f"the seed {seed!r} is not a whole number", "--seed", "give 0 or more")
     if seed < 0:
         raise BadOption(f"the seed {seed} is negative", "--seed", "give 0 or more")
-    given = {"target"} | ({"budget"} if budgets else set()) | ({"keep"} if keep else set())
+    given = {"target"} | ({"budget"} if budgets else set()) | ({"keep"} if patterns else set())
     given |= ({"seed"} if seed else set()) | ({"activations"} if activations != "auto" else set())
-    return Options(target, budgets, tuple(keep), seed, activations, frozenset(given))
+    return Options(target, budgets, patterns, seed, activations, frozenset(given))
 
 
 @contextmanager

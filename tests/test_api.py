@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,41 @@ def test_options_that_mean_nothing_name_the_option(work: Path) -> None:
         qc.compile(work, "toaster")
     with pytest.raises(BadOption, match="--seed"):
         qc.compile(work, "onnx", seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 4}, '--budget: 4 is not a text; write "4bits"'),
+        ({"budget": 3.5}, 'write "3.5bits"'),
+        ({"budget": ["4bits", 9]}, "--budget: .* is not a text"),
+        ({"keep": 3}, "--keep: 3 is not a text"),
+        ({"keep": [3]}, "--keep"),
+        ({"seed": "0"}, "--seed: the seed '0' is not a whole number"),
+        ({"target": None}, "--target: unknown target 'None'"),
+    ],
+)
+def test_options_of_the_wrong_type_name_the_option(work: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        qc.compile(work, **{"target": "onnx", **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", [qc.compile, qc.load])
+@pytest.mark.parametrize("model", [None, 3, onnx.ModelProto()])
+def test_what_is_no_model_is_told_what_is(function: Callable[[object], object], model: object) -> None:
+    with pytest.raises(BadOption, match=f"model: a {type(model).__name__} is not a model.*; give the path of"):
+        function(model)
+
+
+def test_a_module_is_sent_to_capture() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(BadOption, match=r"model: a Linear .*; use qcompiler\.capture\(module, example_inputs\)"):
+        qc.compile(torch.nn.Linear(2, 2), "onnx")
+
+
+def test_one_pattern_is_a_pattern_not_its_letters(work: Path) -> None:
+    result = qc.compile(work, "onnx", "5bits", batches(), "mixed.toml", keep="node", explain=True, activations="float")
+    assert result.plan.kept == ("node",)
 
 
 def test_a_missing_toolchain_is_noticed_before_long_work(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

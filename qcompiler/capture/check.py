@@ -9,7 +9,7 @@ import onnx
 
 from qcompiler.errors import BadModel
 
-OPSETS = range(11, 27)  # 13 to 26 officially; 11 and 12 where onnx's converter can
+OPSETS = range(11, 27)  # what onnx's converter brings to opset 21 or ONNX Runtime runs as it is
 _CONTEXT_OPS = {"EPContext"}  # a node that makes ONNX Runtime load a compiled binary named by the model
 
 
@@ -37,7 +37,7 @@ def _check_versions(model: onnx.ModelProto, where: str) -> None:
         raise BadModel(
             f"uses ONNX opset {', '.join(map(str, versions))}",
             where,
-            "export the model with an opset between 13 and 26",
+            f"export the model with an opset between {OPSETS[0]} and {OPSETS[-1]}",
         )
 
 

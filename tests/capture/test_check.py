@@ -195,7 +195,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "output of no node": (edited(lambda p: setattr(p.graph.output[0], "name", "z")), "'z' is computed by no node"),
     "compiled binary": (edited(lambda p: setattr(p.graph.node[0], "op_type", "EPContext")), "compiled binary"),
     "no opset": (edited(lambda p: p.ClearField("opset_import")), "no operator set"),
-    "old opset": (edited(lambda p: setattr(p.opset_import[0], "version", 9)), "opset 9"),
+    "old opset": (
+        edited(lambda p: setattr(p.opset_import[0], "version", 9)),
+        "opset 9; export the model with an opset between 11 and 26",
+    ),
     "new opset": (edited(lambda p: setattr(p.opset_import[0], "version", 28)), "opset 28"),
 }
 
