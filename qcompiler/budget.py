@@ -37,6 +37,7 @@ _UNITS: dict[str, tuple[Kind, int]] = {
     "MiB": ("bytes", 2**20),
     "GiB": ("bytes", 2**30),
 }
+GRID_BYTES = 5  # of a static activation: a float32 scale and a uint8 zero point
 _TIMES = ("s", "ms", "us", "ns")
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?|[+-]?nan|[+-]?inf)\s*([A-Za-z@]*.*?)\s*")
 _HOW = "write bits per weight (3.5bits) or a size (120MB, 120MiB)"
@@ -166,10 +167,10 @@ def breakdown(model: Model, plan: Plan | None = None) -> list[Row]:
 
     The graph must still be float; after lowering, `lowered_bytes` counts what is there.
     """
-    plan = model.plan if plan is None else plan
     sites = find_sites(model.ir)
-    rows = [_row(site, plan) for site in sites]
-    return [*rows, Row("(all other constants)", "other", 0, "float", 8 * (rest := other_bytes(model, sites)), rest)]
+    rest = other_bytes(model, sites) + (GRID_BYTES * len(model.ranges) if plan is None else 0)
+    rows = [_row(site, model.plan if plan is None else plan) for site in sites]
+    return [*rows, Row("(all other constants)", "other", 0, "float", 8 * rest, rest)]
 
 
 def other_bytes(model: Model, sites: Sequence[Site]) -> int:

@@ -12,6 +12,12 @@ from qcompiler.graph.sites import Site
 Floats = npt.NDArray[np.float32]
 
 
+def has_bias(site: Site) -> bool:
+    """Whether every operation that uses the site's weight has a bias already, which a correction can go into."""
+    users = [node for node in site.users if node.op_type != "Gather"]
+    return all(_bias_of(node, site.rows) is not None for node in users)
+
+
 def add_to_bias(graph: ir.Graph, site: Site, shift: Floats) -> None:
     """Add `shift` (float32 [rows]) to the output of every product or convolution that uses the site's weight.
 
@@ -22,38 +28,42 @@ def add_to_bias(graph: ir.Graph, site: Site, shift: Floats) -> None:
     if not users:
         raise PassRefused("a table that is only gathered from has no bias to correct", where=site.name)
     for node in users:
-        done = _into_following_add(graph, node, shift) if node.op_type == "MatMul" else _into_input(graph, node, shift)
-        if not done:
+        place = _bias_of(node, shift.size)
+        if place is not None:
+            user, index = place
+            _set_constant(graph, user, index, _numpy(user.inputs[index]) + _divided(shift, user))
+        elif node.op_type != "MatMul" and len(node.inputs) < 3 and _factor(node):
+            node.resize_inputs(3)
+            _set_constant(graph, node, 2, _divided(shift, node))
+        else:
             append_add(graph, node, _constant(graph, node, None, shaped(site, shift)))
 
 
-def _into_input(graph: ir.Graph, node: ir.Node, shift: Floats) -> bool:
-    """Correct or make the third input of Gemm, Conv or ConvTranspose; False if it is computed at run time."""
+def _bias_of(node: ir.Node, rows: int) -> tuple[ir.Node, int] | None:
+    """Where the constant bias of an operation is: its third input, or the Add that alone reads a MatMul."""
+    place = node, 2
+    if node.op_type == "MatMul":
+        uses = tuple(node.outputs[0].uses())
+        if len(uses) != 1 or node.outputs[0].is_graph_output() or uses[0][0].op_type != "Add" or uses[0][0].domain:
+            return None
+        place = uses[0][0], 1 - uses[0][1]
+    user, index = place
+    value = user.inputs[index] if index < len(user.inputs) else None
+    constant = None if value is None else ir.convenience.get_const_tensor(value)
+    if constant is None or not _factor(user):
+        return None
+    one_a_row = constant.size == rows and constant.shape[-1] == rows
+    return place if node.op_type != "MatMul" or one_a_row else None
+
+
+def _divided(shift: Floats, node: ir.Node) -> Floats:
+    return np.asarray(shift / _factor(node), np.float32)
+
+
+def _factor(node: ir.Node) -> float:
+    """What a Gemm multiplies its bias with; 1 for other operations."""
     beta = node.attributes.get("beta")
-    factor = 1.0 if beta is None else beta.as_float()
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if factor == 0 or (bias is not None and ir.convenience.get_const_tensor(bias) is None):
-        return False
-    old = np.float32(0) if bias is None else _numpy(bias)
-    node.resize_inputs(3)
-    _set_constant(graph, node, 2, old + shift / np.float32(factor))
-    return True
-
-
-def _into_following_add(graph: ir.Graph, node: ir.Node, shift: Floats) -> bool:
-    """Correct the bias in the Add that alone reads a MatMul, if there is one of the right shape."""
-    uses = tuple(node.outputs[0].uses())
-    if len(uses) != 1 or node.outputs[0].is_graph_output():
-        return False
-    follower, index = uses[0][0], 1 - uses[0][1]
-    if follower.op_type != "Add" or follower.domain or follower.inputs[index] is None:
-        return False
-    bias = follower.inputs[index]
-    constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
-    if constant is None or constant.size != shift.size or constant.shape[-1] != shift.size:
-        return False
-    _set_constant(graph, follower, index, constant.numpy() + shift)
-    return True
+    return 1.0 if beta is None else beta.as_float()
 
 
 def append_add(graph: ir.Graph, node: ir.Node, term: ir.Value) -> None:
@@ -76,8 +86,8 @@ def shaped(site: Site, shift: Floats) -> Floats:
     return shift
 
 
-def _numpy(value: ir.Value) -> npt.NDArray[np.float32]:
-    tensor = ir.convenience.get_const_tensor(value)
+def _numpy(value: ir.Value | None) -> npt.NDArray[np.float32]:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
     assert tensor is not None
     return np.asarray(tensor.numpy(), np.float32)
 

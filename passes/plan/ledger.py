@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from qcompiler.budget import Budget, bits_per_weight, float_bits, other_bytes, stored_bytes, weight_bits
+from qcompiler.budget import GRID_BYTES, Budget, bits_per_weight, float_bits, other_bytes, stored_bytes, weight_bits
 from qcompiler.errors import BudgetInfeasible, ContractViolated
 from qcompiler.graph.sites import Site
 from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Menu
+from qcompiler.passes.round.quantized_values import choose_values
 from qcompiler.solvers.problem import Problem, separable
 
 
@@ -37,13 +38,17 @@ class Ledger:
 
     @staticmethod
     def of(model: Model, sites: Sequence[Site], menus: Sequence[Menu], kept: Sequence[str]) -> Ledger:
-        """Sort all that the model stores; `menus` are those of the sites that are not kept."""
+        """Sort all that the model stores; `menus` are those of the sites that are not kept.
+
+        Where options have static activations, the grids that they will need are counted as if all were chosen.
+        """
         floats = [m.site for m in menus if not m.plans]
         reasons = {m.site.name: m.refused[-1].reason if m.refused else "float" for m in menus}
         held = [site for site in sites if site.name in kept]
         left = [(f"{s.name} ({reasons[s.name]})", float_bits(s) // 8) for s in floats]
         others = [(f"{s.name} (kept)", float_bits(s) // 8) for s in held]
         others.append(("constants that are no weights", other_bytes(model, sites)))
+        others.append(("grids of static activations", GRID_BYTES * _grids(model, menus)))
         return Ledger(
             tuple(m for m in menus if m.plans),
             sum(m.site.count for m in menus),
@@ -101,6 +106,13 @@ class Ledger:
         counted = [*least, *self.floats, *(self.others if budget.kind == "bytes" else ())]
         largest = sorted(counted, key=lambda item: -item[1])[:3]
         return ", ".join(f"{name} ({_size(size)})" for name, size in largest)
+
+
+def _grids(model: Model, menus: Sequence[Menu]) -> int:
+    """How many values get a grid at most."""
+    static = [m.site for m in menus if any(plan.activation == "static" for plan in m.plans)]
+    products = {node for site in static for node in site.users if node.op_type != "Gather"}
+    return len(choose_values(model.graph, products, outputs=True))
 
 
 def _size(count: int) -> str:

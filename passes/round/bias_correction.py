@@ -23,7 +23,7 @@ from qcompiler.formats.base import Floats
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.segments import Boundary, Segments
 from qcompiler.model import Model
-from qcompiler.passes.lower.bias import append_add, shaped
+from qcompiler.passes.lower.bias import append_add, has_bias, shaped
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.round.quantized_values import bounds_of, follower
 from qcompiler.passes.round.rows import block_count
@@ -43,10 +43,12 @@ class BiasCorrection(Pass):
     Attributes:
         samples: of the calibration data, at most.
         tokens: for models of integer inputs, stop after about this many.
+        create: add a bias where an operation has none; that is 4 bytes a row, which no budget has room for.
     """
 
     samples: int = 32
     tokens: int = 4096
+    create: bool = False
 
     def requires(self, model: Model) -> None:
         """Refuse a model that is lowered, planned but not rounded, or without data."""
@@ -63,6 +65,13 @@ class BiasCorrection(Pass):
         sites = [site for site in find_sites(model.ir) if site.name in model.weights]
         refused = [Refusal(s.name, "a table has no output channels to correct") for s in sites if s.op == "Gather"]
         sites = [site for site in sites if site.op != "Gather"]
+        if not self.create:
+            refused += [
+                Refusal(s.name, "it has no bias, and a new one would be stored") for s in sites if not has_bias(s)
+            ]
+            sites = [site for site in sites if has_bias(site)]
+        if not sites:
+            return PassReport(self.registered_name(), 0, tuple(refused))
         feeds = calibration_feeds(model, self.samples, self.tokens)
         shifts, sizes = self._shifts(model, sites, feeds, progress)
         model.bias_shift.update(shifts)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from qcompiler import registry
 from qcompiler.artifact import REPORT, new_folder, save_reference, write_manifest
 from qcompiler.artifact.agreement import RULE
 from qcompiler.artifact.manifest import sha256
-from qcompiler.budget import bits_per_weight, stored_bytes
+from qcompiler.budget import bits_per_weight, lowered_bytes, parse_budget, stored_bytes, weight_bits
 from qcompiler.build.judge import Judgement, judge
 from qcompiler.build.layers import alone, extremes
 from qcompiler.build.lowering import Lowering
@@ -56,6 +58,7 @@ def emit(
     lowered = lowering.lowered
     assert lowered is not None
     backend: Backend = registry.find("backends", options.target)()
+    _warn_if_over(lowering, options.budget, progress)
     with new_folder(out) as folder:
         save_reference(lowered.ir, folder)
         progress.note(f"compiling for target {options.target}")
@@ -79,6 +82,16 @@ def emit(
         page = render(collect(lowering.rounded, lowering.reports, entries, realised, seen))
         (folder / REPORT).write_text(page, "utf-8")
         return write_manifest(folder, entries)
+
+
+def _warn_if_over(lowering: Lowering, budgets: Sequence[str], progress: Progress) -> None:
+    """Say it where a pass behind the allocation has made the model larger than the budget."""
+    assert lowering.lowered is not None
+    bits, weights = weight_bits(lowering.rounded)
+    for budget in (parse_budget(text) for text in budgets):
+        amount = Fraction(bits, weights or 1) if budget.kind == "bits" else Fraction(lowered_bytes(lowering.lowered.ir))
+        if amount > budget.amount:
+            progress.note(f"the result stores {budget.show(amount)}, more than {budget}: a pass changed the plan later")
 
 
 def _made(
@@ -110,14 +123,15 @@ def _made(
 
 def _model(lowering: Lowering) -> dict[str, Any]:
     """What the model is."""
-    original, rounded = lowering.original, lowering.rounded
+    original, rounded, lowered = lowering.original, lowering.rounded, lowering.lowered
+    assert lowered is not None
     return {
         "name": original.name,
         "inputs": [_value(v) for v in original.graph.inputs if v.name not in original.graph.initializers],
         "outputs": [_value(v) for v in original.graph.outputs],
         "plan": rounded.plan.to_json(),
         "bits_per_weight": bits_per_weight(rounded),
-        "stored_bytes": stored_bytes(rounded),
+        "stored_bytes": lowered_bytes(lowered.ir),
         "fp32_bytes": stored_bytes(original, Plan()),
     }
 

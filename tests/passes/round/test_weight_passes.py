@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qcompiler.budget import lowered_bytes, stored_bytes
 from qcompiler.errors import PassRefused
 from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
+from qcompiler.passes.lower.bias import has_bias
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.round.activation_ranges import ActivationRanges
 from qcompiler.passes.round.bias_correction import BiasCorrection
@@ -109,10 +111,33 @@ def test_bias_correction_restores_the_means(make: Any, activation: Any) -> None:
         return float(np.abs((outputs(model) - reference).mean(axes)).max())
 
     before, spread_before = offset(), (outputs(model) - reference).std()
-    report = BiasCorrection(samples=1000).run(model, Silent())
+    report = BiasCorrection(samples=1000, create=True).run(model, Silent())
     assert report.changed == len(model.weights)
     assert offset() < 0.5 * before  # the median may be preferred to the mean
     assert (outputs(model) - reference).std() < 1.5 * spread_before
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_bias_correction_makes_no_biases_unless_told_to(create: bool) -> None:
+    model = planned(mlp(), "int3-sym-channel-fp32")
+    Nearest().run(model, Silent())
+    bare = {site.name for site in find_sites(model.ir) if not has_bias(site)}
+    assert bare
+    report = BiasCorrection(create=create).run(model, Silent())
+    assert bare.isdisjoint(model.bias_shift) == (not create)
+    assert {refusal.where for refusal in report.refused} == (set() if create else bare)
+
+
+@pytest.mark.parametrize("activation", ["float", "static"])
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_what_is_counted_before_lowering_is_what_the_file_holds(make: Any, activation: Any) -> None:
+    model = planned(make(), "uint5-asym-g32-fp16" if make is mlp else "int4-sym-channel-fp32", activation)
+    Nearest().run(model, Silent())
+    ActivationRanges("minmax").run(model, Silent())
+    BiasCorrection().run(model, Silent())
+    counted = stored_bytes(model)
+    InsertQDQ().run(model, Silent())
+    assert lowered_bytes(model.ir) == counted
 
 
 def test_passes_refuse_what_they_cannot_do() -> None:
