@@ -8,8 +8,11 @@ metadata but module paths. The function that the graph computes is the same.
 from __future__ import annotations
 
 import ast
+import logging
 import math
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import onnx
 import onnx_ir as ir
@@ -48,11 +51,25 @@ def normalize(model: ir.Model, where: str = "model") -> ir.Model:
     except ValueError as error:
         raise BadModel("nodes need each other's outputs in a circle", where) from error
     try:
-        return _normalized(model, where)
+        with _no_logging_to_stderr():
+            return _normalized(model, where)
     except QcompilerError:
         raise
     except Exception as error:  # the passes trust operators to have their inputs and attributes
         raise BadModel(f"holds an invalid operation or type ({root_cause(error)})", where) from error
+
+
+@contextmanager
+def _no_logging_to_stderr() -> Generator[None]:
+    """Keep what the libraries log of steps that they skip from stderr, where Python prints it if nobody listens."""
+    nowhere, loggers = logging.NullHandler(), [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    for logger in loggers:
+        logger.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(nowhere)
 
 
 def root_cause(error: BaseException) -> str:

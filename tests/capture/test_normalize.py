@@ -236,3 +236,16 @@ def test_outputs_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
     proto.graph.output[0].CopyFrom(oh.make_tensor_sequence_value_info("y", onnx.TensorProto.FLOAT, None))
     with pytest.raises(BadModel, match="output 'y' is a sequence"):
         load_onnx(m.saved(proto, tmp_path))
+
+
+def test_a_step_that_the_libraries_skip_is_not_logged_to_stderr(tmp_path: Path) -> None:
+    """An operator of a domain without an opset import: shape inference gives up, and logs a traceback."""
+    inputs = [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4])]
+    outputs = [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)]
+    nodes = [oh.make_node("Relu", ["x"], ["h"]), oh.make_node("Mine", ["h"], ["y"], domain="mine")]
+    graph = oh.make_graph(nodes, "g", inputs, outputs)
+    path = tmp_path / "custom.onnx"
+    onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 21)], ir_version=10), path)
+    code = "import sys, qcompiler; print(len(qcompiler.load(sys.argv[1]).graph))"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("2\n", "")
