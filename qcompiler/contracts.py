@@ -179,7 +179,7 @@ def _difference(a: Array, b: Array | None) -> float:
         new = np.where(good.reshape(-1)[start : start + _CHUNK], other[start : start + _CHUNK], 0)
         most = max(most, float(np.abs(part - new).max()))
         reach = max(reach, float(np.abs(part).max()))
-    return most / max(reach, 1e-30)
+    return most / reach if reach > 0 else (np.inf if most > 0 else 0.0)
 
 
 def _jittered(model: ir.Model, feeds: Feeds) -> Feeds:

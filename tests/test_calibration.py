@@ -166,6 +166,12 @@ def test_integers_of_another_width_are_cast() -> None:
         ({"x": floats(0, 3, 8, 8)}, "holds no samples"),
         ({"x": np.array(1.0)}, "has shape"),
         ({"x": np.full((4, 3, 8, 8), np.nan, np.float32)}, "NaN, first in sample 0"),
+        ({"x": np.full((4, 3, 8, 8), np.inf, np.float32)}, "infinity, first in sample 0"),
+        (
+            {"x": np.concatenate([floats(2, 3, 8, 8), np.full((1, 3, 8, 8), -np.inf, "f")])},
+            "infinity, first in sample 2",
+        ),
+        ({"x": np.full((2, 3, 8, 8), 1e300)}, "infinity, first in sample 0"),
         ({"x": np.zeros((2, 3, 8, 8), np.complex64)}, "has type complex64"),
         ({"x": np.full((2, 3, 8, 8), "a")}, "has type"),
     ],
@@ -174,6 +180,11 @@ def test_arrays_that_do_not_fit(arrays: dict[str, np.ndarray], message: str) -> 
     with pytest.raises(BadData, match=message) as caught:
         feeds_check(IMAGES, arrays, "here")
     assert str(caught.value).startswith("here")
+
+
+def test_a_mask_of_minus_infinity_is_taken() -> None:
+    mask = np.where(RNG.random((4, 3, 8, 8)) < 0.5, 0, -np.inf).astype(np.float32)
+    assert feeds_check(IMAGES, {"x": mask}).count == 4
 
 
 def test_counts_that_differ_are_refused() -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from qcompiler import registry
 from qcompiler.budget import Budget, kept_sites, parse_budget
 from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused, Refusal
@@ -124,6 +126,10 @@ class Allocate(Pass):
             progress=progress,
         )
         losses = [[v if math.isfinite(v) else math.inf for v in map(float, row)] for row in measured.loss]
+        if all(min(row) == math.inf for row in losses):
+            what = "the output is infinite or NaN on the calibration data, whatever the formats"
+            where = f"{model.name}, largest weights in {_largest(menus)}"
+            raise PassRefused(what, where, "repair the weights or the data")
         for m, row in zip(menus, losses, strict=True):
             if min(row) == math.inf:
                 raise PassRefused("every option makes the output infinite or NaN", m.site.name, "keep it float: --keep")
@@ -137,6 +143,11 @@ class Allocate(Pass):
             return registry.find("solvers", self.method)(problem, 60.0)
         except (InfeasibleProblem, NoChoiceFound) as error:
             raise BudgetInfeasible(f"the budgets {', '.join(self.budget)} cannot be met together ({error})") from error
+
+
+def _largest(menus: Sequence[Menu]) -> str:
+    """The site with the largest weight: the first suspect where numbers overflow."""
+    return max(menus, key=lambda m: float(np.abs(m.site.matrix()).max())).site.name
 
 
 def _tied(

@@ -12,6 +12,7 @@ from qcompiler import registry
 from qcompiler.errors import Refusal
 from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec
 from qcompiler.formats.fit import quantize
+from qcompiler.formats.scales import with_scales_that_fit
 from qcompiler.graph.sites import Site, skipped_weights
 from qcompiler.model import Model
 from qcompiler.plan import ActivationMode, SitePlan
@@ -70,7 +71,7 @@ def menu(
     """
     offered = [plan for plan in backend.candidates(site, bits) if plan.weight is not None]
     offered += [p for plan in offered for p in _regrouped(plan, group_sizes) if backend.supports(site, p) is None]
-    plans, refused = _with_activations(backend, site, offered, activations)
+    plans, refused = _with_activations(backend, site, with_fitting_scales(site, offered), activations)
     if not plans:
         plain = SitePlan(QuantSpec(Int(8), PerChannel(), True))
         reason = backend.supports(site, plain) or "the target offers no format for it"
@@ -78,6 +79,15 @@ def menu(
     first = {_storage(site, plan): plan for plan in reversed(plans)}  # the target names the fastest first
     ordered = sorted(first.values(), key=lambda plan: (site_bits(site, plan), str(plan.weight)))
     return Menu(site, tuple(shortlist(site, ordered)), refused)
+
+
+def with_fitting_scales(site: Site, plans: Sequence[SitePlan]) -> list[SitePlan]:
+    """The plans, with float32 scales wherever float16 cannot hold what the site's weights need."""
+    specs = [plan.weight for plan in plans if plan.weight is not None]
+    if all(spec.scale_dtype != "float16" for spec in specs):
+        return list(plans)
+    fitting = dict(zip(specs, with_scales_that_fit(site.matrix(), specs), strict=True))
+    return [plan if plan.weight is None else replace(plan, weight=fitting[plan.weight]) for plan in plans]
 
 
 def site_bits(site: Site, plan: SitePlan) -> int:

@@ -10,7 +10,7 @@ from qcompiler.errors import BadOption, Refusal
 from qcompiler.formats import QuantSpec, parse_spec
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
-from qcompiler.passes.plan.candidates import activation_for, passed_over
+from qcompiler.passes.plan.candidates import activation_for, passed_over, with_fitting_scales
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import ActivationMode, Plan, SitePlan
 from qcompiler.progress import Progress
@@ -22,6 +22,8 @@ _MODES: dict[str, ActivationMode] = {"float": "float", "static": "static", "dyna
 @dataclass(frozen=True)
 class Uniform(Pass):
     """Give every site the same format.
+
+    Scales that float16 cannot hold become float32, which is reported.
 
     A site whose activations the target cannot quantize this way keeps float activations, one whose weight it
     cannot hold stays float; both are reported.
@@ -58,7 +60,11 @@ class Uniform(Pass):
             spec = None if site.name in kept else self._spec(site)
             if spec is None:
                 continue
-            plan, refusals = _decide(backend, site, SitePlan(spec, activation_for(site, _MODES[self.activation])))
+            wanted = SitePlan(spec, activation_for(site, _MODES[self.activation]))
+            fitting = with_fitting_scales(site, [wanted])[0]
+            if fitting != wanted:
+                refused.append(Refusal(site.name, "float32 scales: float16 cannot hold those of its weights"))
+            plan, refusals = _decide(backend, site, fitting)
             refused += refusals
             if plan is not None:
                 decided[site.name] = plan

@@ -7,6 +7,8 @@ they are rounded (all of it would fit the noise; half measured best).
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from qcompiler.errors import PassRefused
 from qcompiler.formats import QTensor, QuantSpec
 from qcompiler.formats.base import Floats
 from qcompiler.formats.fit import Method, encode, fit, quantize
+from qcompiler.formats.scales import free_magnitude, magnitude, scaled
 from qcompiler.graph.sites import Site
 from qcompiler.measure.segments import Segment
 from qcompiler.model import Model
@@ -89,14 +92,20 @@ class GPTQ(Pass):
         self, model: Model, streams: Streams, segment: Segment, sites: list[Site], rng: np.random.Generator
     ) -> dict[str, dict[str, float]]:
         """Round sites that read the same value in the same way: they share Hessian and factor."""
-        gram, cross = self._grams(streams, segment, sites[0], rng)
+        with _overflow_refused(sites[0]):
+            gram, cross = self._grams(streams, segment, sites[0], rng)
+            if not np.isfinite(gram).all() or (cross is not None and not np.isfinite(cross).all()):
+                raise FloatingPointError
         factor = factorize(gram, self.damping, self.order)
         errors: dict[str, dict[str, float]] = {}
         for site in sites:
-            matrix = site.matrix()
-            target = matrix if cross is None else _followed(matrix, cross * np.float32(self.follow), factor)
-            tensor, errors[site.name] = self._round_site(target, _spec(model, site), factor)
-            self._keep(model, streams, site, tensor)
+            matrix, spec = site.matrix(), _spec(model, site)
+            with _overflow_refused(site):
+                unit = free_magnitude(matrix, spec)
+                matrix = matrix / unit
+                target = matrix if cross is None else _followed(matrix, cross * np.float32(self.follow), factor)
+                tensor, errors[site.name] = self._round_site(target, spec, factor)
+            self._keep(model, streams, site, scaled(tensor, unit))
         return errors
 
     def _round_site(self, target: Floats, spec: QuantSpec, factor: Factor) -> tuple[QTensor, dict[str, float]]:
@@ -107,28 +116,35 @@ class GPTQ(Pass):
         nearest = encode(target, spec, scale, zero)
         found = QTensor(spec, gptq_round(target, factor, spec, scale, zero), scale, zero)
         found = refine(target, factor.hessian, found, self.sweeps)
-        power = max(float(hessian_loss(target, factor.hessian).sum()), 1e-30)
+        power = float(hessian_loss(target, factor.hessian).sum()) or 1.0
         losses = [float(hessian_loss(q.decode() - target, factor.hessian).sum()) / power for q in (found, nearest)]
         best = found if losses[0] <= losses[1] else nearest
+        if not np.isfinite((power, *losses)).all():
+            raise FloatingPointError
         return best, {"error": min(losses), "nearest": losses[1]}
 
     def _grams(
         self, streams: Streams, segment: Segment, site: Site, rng: np.random.Generator
     ) -> tuple[Floats, Floats | None]:
-        """Mean of x x^T, and of (exact - x) x^T if the error is to be followed: [blocks, columns, columns]."""
+        """Mean of x x^T, and of (exact - x) x^T if the error is to be followed: [blocks, columns, columns].
+
+        Both in units of the inputs' magnitude, which changes no code: squares of large inputs would overflow.
+        """
         follow = self.sequential and self.follow > 0
         limit = -(-max(_LEAST_ROWS, _ROWS_PER_COLUMN * site.columns) // len(streams.rounded))
         gram = np.zeros((block_count(site), site.columns, site.columns), np.float32)
         cross: Floats | None = np.zeros_like(gram) if follow else None
-        count = 0
+        count, unit = 0, np.float32(0)
         for rounded, exact in streams.inputs(segment, site):
             state = rng.bit_generator.state
             x = input_rows(site, rounded if self.sequential else exact, limit, rng).transpose(1, 0, 2)
+            unit = unit or magnitude(x)
+            x = x / unit
             gram += x.transpose(0, 2, 1) @ x
             count += x.shape[1]
             if cross is not None and exact is not rounded:
                 rng.bit_generator.state = state  # the same positions of both
-                y = input_rows(site, exact, limit, rng).transpose(1, 0, 2)
+                y = input_rows(site, exact, limit, rng).transpose(1, 0, 2) / unit
                 cross += (y - x).transpose(0, 2, 1) @ x
         mean = np.float32(1 / max(count, 1))
         return gram * mean, None if cross is None else np.asarray(cross * mean, np.float32)
@@ -143,6 +159,17 @@ def _by_input(segment: Segment, model: Model) -> list[list[Site]]:
             like = (site.activation, site.layout) if site.op in ("MatMul", "Gemm") and block_count(site) == 1 else site
             groups.setdefault(like if site.activation is not None else None, []).append(site)
     return list(groups.values())
+
+
+@contextmanager
+def _overflow_refused(site: Site) -> Generator[None]:
+    """Where numbers leave float32, say at which layer. What BLAS's threads let pass is seen in what comes out."""
+    try:
+        with np.errstate(over="raise", invalid="raise", divide="raise"):
+            yield
+    except FloatingPointError as error:
+        what = "its weights, or its inputs on this data, are too large for float32 arithmetic"
+        raise PassRefused(what, site.name, "repair the weights or the data, or keep it float: --keep") from error
 
 
 def _spec(model: Model, site: Site) -> QuantSpec:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from qcompiler.errors import PassRefused
 from qcompiler.formats.base import Floats
@@ -57,11 +58,11 @@ class Nearest(Pass):
 
 
 def _powers(model: Model, sites: list[Site], samples: int) -> dict[str, Floats]:
-    """Mean square of each site's input, [rows, columns] as the weight."""
+    """Mean square of each site's input relative to its largest column, [rows, columns] as the weight."""
     segments = Segments(model.ir)
     wanted = {site.name for site in sites if site.activation is not None}
     rng = np.random.default_rng(0)
-    sums: dict[str, Floats] = {}
+    sums: dict[str, npt.NDArray[np.float64]] = {}
     for feed in calibration_feeds(model, samples, 1 << 13):
         for segment, boundary in segments.boundaries(feed):
             here = [site for site in segment.sites if site.name in wanted]
@@ -69,6 +70,7 @@ def _powers(model: Model, sites: list[Site], samples: int) -> dict[str, Floats]:
             for site in here:
                 assert site.activation is not None
                 rows = input_rows(site, read[str(site.activation.name)], _ROWS, rng)
-                sums[site.name] = sums.get(site.name, np.float32(0)) + np.square(rows).mean(0)
+                sums[site.name] = sums.get(site.name, 0) + np.square(rows, dtype=np.float64).mean(0)
     sizes = {site.name: site.rows for site in sites}
-    return {name: np.repeat(power, sizes[name] // len(power), 0) for name, power in sums.items()}
+    relative = {name: (power / (power.max() or 1.0)).astype(np.float32) for name, power in sums.items()}
+    return {name: np.repeat(power, sizes[name] // len(power), 0) for name, power in relative.items()}

@@ -132,5 +132,11 @@ class RangeSearch:
             outputs = self._segments.run(boundary, start, changes)
             for name, y in exact.items():
                 if np.issubdtype(y.dtype, np.floating):
-                    total += float(np.square(outputs[name] - y).sum() / max(float(np.square(y).sum()), 1e-30))
+                    total += _power(outputs[name] - y) / (_power(y) or 1.0)
         return total / len(self._exact)
+
+
+def _power(array: Array) -> float:
+    """Sum of squares, in float64: those of large float32 numbers overflow."""
+    flat = array.ravel()
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))

@@ -17,7 +17,6 @@ from qcompiler.errors import VerificationFailed
 from qcompiler.target import Feeds, Outputs
 
 PEAK = "peak"  # name of the file in which a fresh process says how much memory it took
-_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ def _distance(got: np.ndarray, expected: np.ndarray) -> float:
     if not np.isfinite(difference).all():
         return float("inf")
     scale = float(np.linalg.norm(np.where(np.isfinite(b), b, 0.0)))
-    return float(np.linalg.norm(difference)) / max(scale, _TINY)
+    distance = float(np.linalg.norm(difference))
+    return distance / scale if scale > 0 else (np.inf if distance > 0 else 0.0)
 
 
 class FreshProcess:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -93,7 +94,7 @@ def feeds_check(model: ir.Model, arrays: Mapping[str, Rows], where: str = "data"
 
     Raises:
         BadData: unknown or missing names, wrong rank, shape or type, no samples, different numbers of
-            samples, NaN.
+            samples, NaN, or numbers beyond the input's type; minus infinity beside anything but zeros (a mask).
     """
     inputs = {str(v.name): v for v in model.graph.inputs}
     known = ", ".join(f"{name} {shape_text(v)}" for name, v in inputs.items())
@@ -107,7 +108,7 @@ def feeds_check(model: ir.Model, arrays: Mapping[str, Rows], where: str = "data"
     shared = {name: np.asarray(rows) for name, rows in arrays.items() if not rows.shape and dims(inputs[name]) == ()}
     for name, number in shared.items():
         _check_type(name, number.dtype, dtypes[name], where)
-        _check_finite(name, np.atleast_1d(number), where)
+        _check_finite(name, np.atleast_1d(number), dtypes[name], where)
     arrays = {name: rows for name, rows in arrays.items() if name not in shared}
     layout = _layout(inputs, arrays, where)
     for name, rows in arrays.items():
@@ -118,7 +119,7 @@ def feeds_check(model: ir.Model, arrays: Mapping[str, Rows], where: str = "data"
     if count < 1:
         raise BadData("holds no samples", where, "give at least one")
     for name, rows in arrays.items():
-        _check_finite(name, rows, where)
+        _check_finite(name, rows, dtypes[name], where)
     return Block(arrays, count, layout, step, dtypes, shared)
 
 
@@ -197,15 +198,32 @@ def _check_type(name: str, given: np.dtype[Any], wanted: np.dtype[Any], where: s
         raise BadData(f"'{name}' has type {given}", where, f"the input wants {wanted}")
 
 
-def _check_finite(name: str, rows: Rows, where: str) -> None:
+def _check_finite(name: str, rows: Rows, wanted: np.dtype[Any], where: str) -> None:
+    """No NaN, no infinity, also not after the cast; an input of zeros and minus infinity alone is an additive mask."""
     if rows.dtype.kind in "biu":
         return
+    limit = float(ml_dtypes.finfo(wanted).max) if wanted.kind not in "biu" else np.inf
     step = max(1, _CHUNK // max(1, int(np.prod(rows.shape[1:], dtype=np.int64))))
+    masked, plain = -1, False  # the first sample with minus infinity; whether there are other numbers than zero
     for start in range(0, rows.shape[0], step):
-        bad = np.isnan(rows[start : start + step])
+        part = np.asarray(rows[start : start + step])
+        low = part == -np.inf
+        bad = ~((np.abs(part) <= limit) | low) | (part == np.inf)
         if bad.any():
-            sample = start + int(np.argwhere(bad)[0][0])
-            raise BadData(f"'{name}' holds NaN, first in sample {sample}", where, "remove or repair these samples")
+            _refuse_sample(name, "NaN" if np.isnan(part).any() else "infinity", start + _first(bad), where)
+        if masked < 0 and low.any():
+            masked = start + _first(low)
+        plain = plain or bool(((part != 0) & ~low).any())
+        if masked >= 0 and plain:
+            _refuse_sample(name, "infinity", masked, where)
+
+
+def _first(found: npt.NDArray[np.bool_]) -> int:
+    return int(np.argwhere(found)[0][0])
+
+
+def _refuse_sample(name: str, what: str, sample: int, where: str) -> NoReturn:
+    raise BadData(f"'{name}' holds {what}, first in sample {sample}", where, "remove or repair these samples")
 
 
 def _cast(name: str, array: Array, dtype: np.dtype[Any]) -> Array:

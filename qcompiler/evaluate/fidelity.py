@@ -13,6 +13,7 @@ from qcompiler.measure.loss import Kind, output_kind, output_loss
 __all__ = ["FidelityMeter", "fidelity", "output_loss"]
 Array = npt.NDArray[Any]
 _TINY = 1e-12
+_LEAST = 1e-30  # noise, relative to the signal: an exact copy has 300 dB
 
 
 def fidelity(
@@ -68,7 +69,7 @@ class FidelityMeter:
         """
         heard = [name for name, signal in self._signal.items() if signal > 0]
         heard = [name for name in heard if self._noise[name] > 0] or heard  # an exact copy says nothing of the rest
-        ratios = [10 * np.log10(self._signal[name] / max(self._noise[name], 1e-30)) for name in heard]
+        ratios = [-10 * np.log10(max(self._noise[name] / self._signal[name], _LEAST)) for name in heard]
         return {
             "sqnr_db": float(np.mean(ratios)) if ratios else None,
             "kl": self._divergence / self._rows if self._rows else None,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, row_parts, spread_rows
 from qcompiler.formats.granularity import PerTensor
+from qcompiler.formats.scales import free_magnitude
 
 Method = Literal["minmax", "mse"]
 _SHRINK = tuple(float(f) for f in np.geomspace(1.0, 0.35, 15)[1:])
@@ -49,6 +50,9 @@ def fit(
         raise ValueError(f"unknown method '{method}': use minmax or mse")
     matrix = _checked(matrix)
     weights = _checked_importance(importance, matrix)
+    unit = free_magnitude(matrix, spec)
+    if unit != 1:
+        matrix = matrix / unit
     grid = spec.granularity.grid(*matrix.shape)
     scale, zero = np.ones(grid, np.float32), np.zeros(grid, np.float32)
     for rows, groups, columns in _tiles(matrix.shape, spec):
@@ -57,6 +61,8 @@ def fit(
         shape = scale[rows, groups].shape
         scale[rows, groups] = best.scale.reshape(shape)
         zero[rows, groups] = best.zero.reshape(shape)
+    if unit != 1:
+        scale = round_scale(scale * unit, spec.scale_dtype)
     return scale, None if spec.symmetric else zero
 
 

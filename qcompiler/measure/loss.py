@@ -129,18 +129,20 @@ class _Values:
         del kind
         self._z = _rows(z)
         self.rows = len(self._z)
-        self._power = max(float(np.einsum("ij,ij->", self._z, self._z, dtype=np.float64)), 1e-30)
+        # an output of zeros has no size that its error could be relative to
+        self._power = float(np.einsum("ij,ij->", self._z, self._z, dtype=np.float64)) or 1.0
         size = self._z.size
         self._picked = None if size <= width else np.sort(rng.choice(size, width, replace=False))
         share = 1 if self._picked is None else size / width
         self.width = min(size, width)
-        self._factor = np.float32(np.sqrt(2 * share / self._power))
+        self._factor = float(np.sqrt(2 * share / self._power))
 
     def measure(self, y: Array) -> tuple[npt.NDArray[np.float64], Floats]:
-        d = _rows(y) - self._z
+        with np.errstate(invalid="ignore", over="ignore"):  # infinite outputs have a loss of NaN or infinity
+            d = _rows(y) - self._z
         per_row = np.einsum("ij,ij->i", d, d, dtype=np.float64) * (self.rows / self._power)
         flat = d.ravel() if self._picked is None else d.ravel()[self._picked]
-        return _in_parts(per_row), flat * self._factor
+        return _in_parts(per_row), (flat.astype(np.float64) * self._factor).astype(np.float32)
 
 
 class _Classes:

@@ -284,7 +284,8 @@ def _join(parts: Sequence[_Measured], options: int) -> tuple[Floats, Floats, npt
     if not parts:
         return np.zeros(options), np.zeros(options), np.zeros((options, 0), np.float32)
     losses = np.concatenate([part.losses for part in parts], axis=1)
-    noise = losses.std(1, ddof=1) / np.sqrt(losses.shape[1])
+    with np.errstate(invalid="ignore"):  # of infinite losses
+        noise = losses.std(1, ddof=1) / np.sqrt(losses.shape[1])
     sketches = np.concatenate([part.sketches for part in parts], axis=1) / np.float32(np.sqrt(len(parts)))
     return losses.mean(1), noise, sketches
 
