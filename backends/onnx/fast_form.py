@@ -123,8 +123,11 @@ class _Rewriter:
         container, block = blocks.container, blocks.block
         emit = Emitter(self.form.model, use.node, f"{use.label}_fast")
         flat = emit.node("Reshape", blocks.codes, emit.integers(use.weight.rows, use.weight.columns * container // 8))
+        # The kernel reads whatever lies behind the table for an index out of bounds; Gather refuses it.
+        every = emit.node("Range", *(emit.constant(np.asarray(n, np.int64), "row") for n in (0, use.weight.rows, 1)))
+        checked = emit.node("Gather", every, use.data, axis=0)
         result = emit.node(
-            "GatherBlockQuantized", flat, use.data, blocks.scale, blocks.zero,
+            "GatherBlockQuantized", flat, checked, blocks.scale, blocks.zero,
             domain=MICROSOFT, bits=container, block_size=block, quantize_axis=1, gather_axis=0,
         )  # fmt: skip
         self.form.expected["GatherBlockQuantized"] += 1

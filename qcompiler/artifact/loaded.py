@@ -12,7 +12,7 @@ import numpy as np
 
 from qcompiler import registry
 from qcompiler.artifact.manifest import MANIFEST, REFERENCE, read_manifest, sha256
-from qcompiler.errors import BadData, BadModel
+from qcompiler.errors import BadData, BadModel, QcompilerError
 from qcompiler.target import Backend, Feeds, Outputs, Runnable
 
 
@@ -43,10 +43,18 @@ class Artifact:
         """All outputs, by name, for one batch of inputs by name.
 
         Raises:
-            BadData: inputs are missing, unknown, or of the wrong type or rank.
+            BadData: inputs are missing, unknown, or of the wrong type or rank, or the model refuses them (an index
+                outside a table).
         """
         _check_feeds(feeds, self.manifest["inputs"])
-        return self.runnable.run(feeds)
+        runnable = self.runnable
+        try:
+            return runnable.run(feeds)
+        except QcompilerError:
+            raise
+        except Exception as error:  # the runtimes raise classes of their own that share no base
+            reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason")
+            raise BadData(f"the compiled model cannot take this input ({reason[:300]})", str(self.folder)) from error
 
 
 def is_artifact(path: Path) -> bool:

@@ -228,6 +228,20 @@ def test_a_tied_table_is_written_once_and_serves_gather_and_product(spec: str, f
     assert held < 24 * 96 * (parse_spec(spec).bits + 1.6) / 8
 
 
+@pytest.mark.parametrize("row", [24, 10**12, -25])
+def test_an_index_outside_the_table_is_refused_and_negative_ones_count_from_the_end(row: int, tmp_path: Path) -> None:
+    model = lowered("gather", "uint4-asym-g32-fp16")
+    compiled = OnnxBackend().compile(model, tmp_path, Silent())
+    assert list(compiled.facts["forms"].values()) == ["gather4"]
+    runnable = OnnxBackend(threads=1).load(tmp_path)
+    (name, ids), *_ = feeds("gather").items()
+    last = runnable.run({name: np.full_like(ids, -1)})
+    same = runnable.run({name: np.full_like(ids, 23)})
+    np.testing.assert_array_equal(*(next(iter(y.values())) for y in (last, same)))
+    with pytest.raises(Exception, match="out of data bounds"):
+        runnable.run({name: np.full_like(ids, row)})
+
+
 def test_a_gemm_that_matmulnbits_cannot_express_is_decoded(tmp_path: Path) -> None:
     text = GEMM.replace("transB = 1", "transB = 1, alpha = 0.5, beta = 2.0")
     compiled, error = compile_and_compare(lowered("gemm", "uint4-asym-g32-fp16", text=text), "gemm", tmp_path)
