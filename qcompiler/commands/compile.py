@@ -84,6 +84,14 @@ def _print_plan(result: CompileResult) -> None:
     )
 
 
+def _files(artifact: Path) -> str:
+    """The target's own files, which may hold codes in wider containers than the QDQ reference counts."""
+    from qcompiler.artifact import MANIFEST, REFERENCE, REPORT
+
+    own = [p for p in artifact.iterdir() if p.name not in (REFERENCE, REPORT, MANIFEST)]
+    return f"{', '.join(sorted(p.name for p in own))}: {size(sum(p.stat().st_size for p in own))}"
+
+
 def _print_summary(result: CompileResult) -> None:
     print_table(["weights", "layers"], _by_format(result))
     fidelity = result.fidelity
@@ -93,6 +101,7 @@ def _print_summary(result: CompileResult) -> None:
     facts = [
         ("bits per weight", f"{result.bits_per_weight:.3f}, scales counted"),
         ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}, {ratio:.1f} times smaller"),
+        ("files to ship", _files(result.artifact)),
         ("loss", f"{brief(result.realised_loss)} on {data}, predicted {brief(result.predicted_loss)}"),
         ("SQNR", f"{brief(fidelity['sqnr_db'], '.1f')} dB"),
     ]
