@@ -53,6 +53,20 @@ def test_operator_without_implementation(explain: bool, tmp_path: Path) -> None:
     assert message == "m, node 'cell': target cpu has no implementation of LSTM; use --target onnx"
 
 
+@pytest.mark.parametrize("explain", [False, True])
+@pytest.mark.parametrize("kind", ["float16", "float64"])
+def test_weights_of_a_type_that_no_kernel_takes(kind: str, explain: bool, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", helper.make_node("Relu", ["h"], ["y"]))
+    proto = onnx.load(path)
+    for tensor in proto.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(kind), tensor.name))
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    onnx.save(proto, path)
+    message = refused(path, Watching(), explain=explain)
+    assert message == f"m: target cpu runs float32 models only; found {kind} in weight 'w'; use --target onnx"
+
+
 def test_attention_that_cannot_be_written_out(tmp_path: Path) -> None:
     outputs = ["y", "", "", "products"]
     node = helper.make_node(
