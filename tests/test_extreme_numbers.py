@@ -65,12 +65,20 @@ def compiled(folder: Path, *, target: str = "onnx", pipeline: str | None = None,
 @pytest.mark.parametrize("target", TARGETS)
 def test_factors_of_the_weights_do_not_matter(tmp_path: Path, target: str) -> None:
     plain = compiled(tmp_path / "plain", target=target)
-    for number, (first, second) in enumerate([(1e-12, 1e12), (1e-30, 1.0)]):
+    for number, (first, second) in enumerate([(1e-12, 1e12), (1e12, 1e-12), (1e-30, 1.0)]):
         other = compiled(tmp_path / str(number), target=target, first=first, second=second)
         assert other.verified
         assert other.fidelity["sqnr_db"] == pytest.approx(plain.fidelity["sqnr_db"], abs=1)
         assert other.predicted_loss == pytest.approx(plain.predicted_loss, rel=0.3)
         assert other.plan.sites["layer1"].weight.scale_dtype == "float32"
+        assert other.bits_per_weight > plain.bits_per_weight  # float32 scales are counted
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e20])
+def test_static_ranges_follow_activations_of_any_size(tmp_path: Path, factor: float) -> None:
+    plain = compiled(tmp_path / "plain", pipeline="int8")
+    other = compiled(tmp_path / "other", pipeline="int8", data=X * np.float32(factor))
+    assert other.fidelity["sqnr_db"] == pytest.approx(plain.fidelity["sqnr_db"], abs=1)
 
 
 @pytest.mark.parametrize("pipeline", ["int8", "quick", "transformer"])

@@ -158,6 +158,7 @@ def _tied(
     kept_groups: list[list[str]] = []
     refused: list[Refusal] = []
     for names in ([n for n in group if n in by_name] for group in groups):
+        by_name |= _equally_wide([by_name[n] for n in names])
         shared = [p for p in by_name[names[0]].plans if all(p in by_name[n].plans for n in names)] if names else []
         if len(names) > 1 and shared:
             kept_groups.append(names)
@@ -167,6 +168,22 @@ def _tied(
     index = {name: number for number, name in enumerate(by_name)}
     groups_by_index = [tuple(index[n] for n in names) for names in kept_groups]
     return [by_name.get(m.site.name, m) for m in menus], groups_by_index, refused
+
+
+def _equally_wide(menus: Sequence[Menu]) -> dict[str, Menu]:
+    """Float32 scales for all where one of them needs them: options that differ in nothing else stay common."""
+
+    def wide(plan: SitePlan) -> SitePlan:
+        assert plan.weight is not None
+        return replace(plan, weight=replace(plan.weight, scale_dtype="float32"))
+
+    needed = {p for m in menus for p in m.plans if p == wide(p)}
+    found: dict[str, Menu] = {}
+    for m in menus:
+        plans = {wide(p) if wide(p) in needed else p for p in m.plans}  # a target may itself offer both: one option
+        order = sorted(plans, key=lambda p, site=m.site: (site_bits(site, p), str(p.weight)))
+        found[m.site.name] = replace(m, plans=tuple(order))
+    return found
 
 
 def _facts(options: Allocate, ledger: Ledger, problem: Problem, solution: Solution, size: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Histogram:
     @staticmethod
     def between(low: float, high: float) -> Histogram:
         """An empty one."""
-        return Histogram(low, max(high, low + 1e-12), np.zeros(_BINS, np.int64))
+        return Histogram(low, high if high > low else low + 1.0, np.zeros(_BINS, np.int64))
 
     def add(self, x: Array) -> None:
         """Count the values of an array."""
@@ -69,7 +69,9 @@ def static_range(low: float, high: float, limit: float = np.inf) -> StaticRange:
     """The uint8 grid that covers [low, high] and holds zero exactly; no level lies above `limit`."""
     low, high = min(low, 0.0), min(max(high, 0.0), limit)
     span = high - low
-    scale = np.float32(span / LEVELS) if span > 1e-30 else np.float32(1.0)
+    scale = np.float32(span / LEVELS)
+    if scale < np.finfo(np.float32).tiny:  # nothing but zeros, or what float32 does not hold to all its digits
+        scale = np.float32(1.0)
     zero = int(np.clip(np.rint(-low / scale), 0, LEVELS))
     while np.isfinite(limit) and (LEVELS - zero) * scale > np.float32(limit) > 0:
         scale = np.nextafter(scale, np.float32(0))

@@ -239,6 +239,36 @@ def test_tied_sites_share_a_decision(measured: Measured, monkeypatch: pytest.Mon
     assert free.plan.solution["predicted_loss"] < done.plan.solution["predicted_loss"]
 
 
+def shrunk(name: str, factor: float) -> Model:
+    """The model, one of its weights multiplied."""
+    small = model()
+    value = small.graph.initializers[f"{name}.weight"]
+    assert value.const_value is not None
+    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(factor), name=value.name)
+    return small
+
+
+@pytest.mark.parametrize("factor", [1e-12, 2e-4])  # all widths need float32 scales, or 8 bits alone
+def test_tied_sites_share_the_wider_scales(measured: Measured, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    use_target(monkeypatch, Target(ties="inputs"))
+    small = shrunk("k", factor)
+    small.plan = Plan()
+    report = Allocate("8.8bits").run(small, Silent())
+    plans = small.plan.sites
+    assert plans["q"] == plans["k"] == plans["v"]
+    assert str(plans["q"].weight) == "int8-sym-g32-fp32"
+    assert str(plans["out"].weight).endswith("fp16")
+    assert not [r for r in report.refused if "not tied" in r.reason]
+
+
+def test_uniform_takes_wider_scales_where_it_must_and_says_so() -> None:
+    small = shrunk("k", 1e-12)
+    report = Uniform("int8-sym-channel-fp16").run(small, Silent())
+    wide = [name for name, plan in small.plan.sites.items() if plan.weight and plan.weight.scale_dtype == "float32"]
+    assert wide == ["k"]
+    assert [r.where for r in report.refused if "float32 scales" in r.reason] == ["k"]
+
+
 def test_group_sizes_are_a_choice(measured: Measured) -> None:
     one, _ = run(Allocate("4.2bits"))
     many, _ = run(Allocate("4.2bits", group_sizes=(16, 32, 64, 128)))
