@@ -29,7 +29,7 @@ from qcompiler.model import Model
 from qcompiler.pipeline import PassReport, Pipeline
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress, Silent
-from qcompiler.target import Feeds, Outputs, require_toolchain
+from qcompiler.target import Backend, Feeds, Outputs, require_toolchain
 
 if TYPE_CHECKING:
     from qcompiler.calibration import Calibration
@@ -136,7 +136,7 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     progress = progress or Silent()
     model = model if isinstance(model, Model) else _path_of(model)
     options = _options(target, budget, keep, seed, activations)
-    backend = registry.find("backends", target)()
+    backend: Backend = registry.find("backends", target)()
     if not explain:
         require_toolchain(backend)
     source = model if isinstance(model, Model) else load_onnx(model)
@@ -153,7 +153,7 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
         work.calibration, work.cache = samples.used, cache
         lowering = lower(work, passes, progress, only_plan=explain)
         if explain:
-            return _explained(lowering, options, samples, start)
+            return _explained(lowering, options, samples, backend, start)
         path = None if isinstance(model, Model) else model
         manifest = emit(lowering, out, options, passes, samples, path, start, progress)
     return _result(lowering, out, manifest)
@@ -218,14 +218,14 @@ def open_cache(resume: bool) -> Generator[Cache]:
         yield Cache(Path(folder))
 
 
-def _explained(lowering: Lowering, options: Options, samples: Samples, start: float) -> CompileResult:
+def _explained(lowering: Lowering, options: Options, samples: Samples, backend: Backend, start: float) -> CompileResult:
     model, solution = lowering.rounded, lowering.rounded.plan.solution
     batch = feed_bytes(next(iter(samples.used.batches(samples.batch, samples.batch))))
     return CompileResult(
         None, options.target, options.budget, bits_per_weight(model), stored_bytes(model),
         stored_bytes(lowering.original, Plan()), solution.get("predicted_loss"), solution.get("lower_bound"),
         solution.get("gap"), None, {"sqnr_db": None, "kl": None, "top1_agreement": None}, False,
-        time.monotonic() - start, expected_peak(model, batch), model.plan, lowering.reports,
+        time.monotonic() - start, expected_peak(model, batch, backend), model.plan, lowering.reports,
     )  # fmt: skip
 
 

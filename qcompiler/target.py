@@ -65,7 +65,9 @@ class Backend(Protocol):
     `compile` needs, and a method `check` that takes a captured `Model` and raises `BadModel` where it holds an
     operator that `compile` will refuse, so that long work does not start in vain. It may have a field `activations`
     ("float", "static" or "dynamic": what its candidates should ask for) and a field `ties` ("none", "inputs" or
-    "adds": which sites must share one plan, see `graph.topology.tie_groups`).
+    "adds": which sites must share one plan, see `graph.topology.tie_groups`), and an attribute `program_bytes`: the
+    resident bytes beyond the compiler's own, on a model of a few kB, of its toolchain in this process and of the fresh
+    process that runs its files to verify them, together.
     """
 
     @property
@@ -102,3 +104,8 @@ def check_operators(backend: Backend, model: Model) -> None:
     check: Callable[[Model], None] | None = getattr(backend, "check", None)
     if check is not None:
         check(model)
+
+
+def program_bytes(backend: Backend) -> int:
+    """`backend.program_bytes`, or 0 where it does not say."""
+    return int(getattr(backend, "program_bytes", 0))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,6 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler as qc
+from qcompiler.backends.onnx.backend import OnnxBackend
+from qcompiler.backends.tvm.backend import CpuBackend
+from qcompiler.build.memory import expected_peak
 from qcompiler.build.recipe import Options, build_pipeline, default_recipe, fill, recipes
 from qcompiler.build.samples import Source, gather
 from qcompiler.errors import BadModel, BadOption, MissingExtra
@@ -131,6 +137,27 @@ def test_explain_plans_and_writes_nothing(work: Path) -> None:
     assert not Path("chain.qc").exists()
     assert len(result.plan.sites) == 4
     assert result.peak_rss_bytes > 100_000_000
+
+
+def test_expected_memory_is_about_what_it_takes(work: Path) -> None:
+    """In processes of their own: what this one has held by now would count."""
+    code = "import qcompiler as qc; print(qc.compile('chain.onnx', 'onnx', '5bits', explain={}).peak_rss_bytes)"
+    expected, actual = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code.format(explain)], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for explain in (True, False)
+    )
+    assert expected == pytest.approx(actual, rel=0.3)
+
+
+def test_expected_memory_counts_what_the_target_adds(work: Path) -> None:
+    model, backend = qc.load(work), SimpleNamespace(program_bytes=10**9)
+    alone = expected_peak(model, 0, SimpleNamespace())  # type: ignore[arg-type]
+    assert expected_peak(model, 0, backend) == alone + 10**9  # type: ignore[arg-type]
+    assert CpuBackend.program_bytes > OnnxBackend.program_bytes > 0
 
 
 def test_load_tells_models_from_artifacts(work: Path) -> None:

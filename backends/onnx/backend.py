@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import onnx_ir as ir
 import onnxruntime as ort
@@ -37,6 +38,7 @@ class OnnxBackend:
         threads: of a loaded artifact; 0 lets ONNX Runtime choose.
     """
 
+    program_bytes: ClassVar[int] = 120_000_000  # ONNX Runtime in the fresh process; the compiler has it anyway
     activations: str = "float"
     threads: int = 0
     name: str = field(default="onnx", init=False)

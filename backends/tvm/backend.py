@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -17,7 +17,7 @@ from qcompiler.backends.tvm.layout import LONGEST_GROUP
 from qcompiler.errors import BadModel, MissingExtra, PassRefused
 from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec, UInt
 from qcompiler.graph.functions import QUANTIZE_ROWS
-from qcompiler.graph.sites import Site
+from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
 from qcompiler.plan import SitePlan
 from qcompiler.progress import Progress
@@ -38,6 +38,7 @@ class CpuBackend:
         cpu: LLVM name of the CPU to compile for; empty: this machine's.
     """
 
+    program_bytes: ClassVar[int] = 850_000_000  # TVM, with the torch that it imports, 400 MB here and 450 MB there
     name: str = "cpu"
     cpu: str = ""
 
@@ -47,7 +48,11 @@ class CpuBackend:
             raise MissingExtra("tvm", "target cpu")
 
     def check(self, model: Model) -> None:
-        """Raise BadModel for an operator that neither TVM nor we have; without TVM nobody knows."""
+        """Raise BadModel for weights that are not float32, or an operator that neither TVM nor we have.
+
+        Without TVM nobody knows about the operators.
+        """
+        _check_types(model)
         if _is_installed():
             from qcompiler.backends.tvm.operators import check_operators
 
@@ -126,6 +131,17 @@ class CpuBackend:
 
 def _is_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("tvm", "tvm_ffi"))
+
+
+def _check_types(model: Model) -> None:
+    """Our kernels, and what TVM puts between them, compute in float32."""
+    for site in find_sites(model.ir):
+        tensor = site.weight.const_value
+        assert tensor is not None  # of a site
+        if tensor.dtype != ir.DataType.FLOAT:
+            found = f"{tensor.dtype.numpy()} in weight '{site.weight.name}'"
+            what = f"target cpu runs float32 models only; found {found}"
+            raise BadModel(what, model.name, "use --target onnx")
 
 
 def _conv_specs(site: Site, width: int) -> list[QuantSpec]:
