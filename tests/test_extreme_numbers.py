@@ -93,6 +93,19 @@ def test_overflow_of_a_layer_is_refused_in_its_name(tmp_path: Path) -> None:
         compiled(tmp_path, one=2e38, data=X * 100)
 
 
+@pytest.mark.parametrize("pipeline", ["int8", "transformer"])
+def test_data_of_very_different_sizes_is_refused_by_the_layer(
+    tmp_path: Path, pipeline: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = X.copy()
+    data[40:] *= np.float32(1e30)
+    arguments = [*write(tmp_path, data=data), "--target", "onnx", "--pipeline", pipeline]
+    assert run_command(arguments if pipeline == "int8" else [*arguments, "--budget", "12bits"]) == 2
+    errors = capfd.readouterr().err
+    assert errors.strip().splitlines()[-1].startswith("qcompile: layer1: its weights, or its inputs on this data, are")
+    assert "Warning" not in errors
+
+
 def test_infinite_data_is_bad_input(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = X.copy()
     data[7, 3] = np.inf
