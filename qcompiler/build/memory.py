@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-
 from qcompiler.artifact.verify import FreshProcess
+from qcompiler.artifact.worker import own_peak
 from qcompiler.graph.sites import find_sites
 from qcompiler.model import Model
 from qcompiler.target import Backend, program_bytes
@@ -33,4 +32,4 @@ def expected_peak(model: Model, samples_bytes: int, backend: Backend) -> int:
 
 def realised_peak() -> int:
     """Peak resident bytes: of this process, or of this and the one that verified the artifact together."""
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, FreshProcess.together)
+    return max(own_peak(), FreshProcess.together)
