@@ -235,9 +235,8 @@ def test_an_index_outside_the_table_is_refused_and_negative_ones_count_from_the_
     assert list(compiled.facts["forms"].values()) == ["gather4"]
     runnable = OnnxBackend(threads=1).load(tmp_path)
     (name, ids), *_ = feeds("gather").items()
-    last = runnable.run({name: np.full_like(ids, -1)})
-    same = runnable.run({name: np.full_like(ids, 23)})
-    np.testing.assert_array_equal(*(next(iter(y.values())) for y in (last, same)))
+    last, same = (next(iter(runnable.run({name: np.full_like(ids, n)}).values())) for n in (-1, 23))
+    np.testing.assert_array_equal(last, same)
     with pytest.raises(Exception, match="out of data bounds"):
         runnable.run({name: np.full_like(ids, row)})
 
