@@ -20,6 +20,7 @@ from qcompiler.measure.runner import Runner
 from qcompiler.measure.shorten import shortened
 from qcompiler.model import Model
 from qcompiler.progress import Progress
+from qcompiler.scratch import spilled
 from qcompiler.target import Feeds, Outputs, Tolerance
 
 _MOST_BYTES = 64_000_000  # of the outputs of each kind of inputs
@@ -94,7 +95,10 @@ def _inputs_and_outputs(
         kind: [shortened(original.ir, feed, length) for feed in part]
         for kind, part in _inputs(samples, batch, max(1, _MOST_BYTES // max(one, 1))).items()
     }
-    truths = {kind: [truth(feed) for feed in part] for kind, part in kinds.items()}
+    truths: dict[str, list[Outputs]] = {
+        kind: [{name: spilled(array) for name, array in truth(feed).items()} for feed in part]
+        for kind, part in kinds.items()
+    }
     del truth
     give_back(original.graph.initializers.values())
     return batch, length, kinds, truths
