@@ -59,6 +59,16 @@ class Budget:
     amount: Fraction
     unit: str
 
+    def spent(self, bits: int, weights: int, size: int) -> Fraction:
+        """How much of this kind a model takes.
+
+        Args:
+            bits: stored for the weights in the average.
+            weights: how many these are.
+            size: bytes of everything stored.
+        """
+        return Fraction(bits, weights or 1) if self.kind == "bits" else Fraction(size)
+
     def show(self, amount: Fraction) -> str:
         """An amount in this budget's unit, rounded up so that what is shown would suffice."""
         scaled = amount / _UNITS[self.unit][1]

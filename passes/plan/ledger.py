@@ -126,7 +126,7 @@ def assert_within(model: Model, budgets: Sequence[Budget]) -> tuple[float, int]:
     bits, weights = weight_bits(model)
     size = stored_bytes(model)
     for budget in budgets:
-        amount = Fraction(bits, weights or 1) if budget.kind == "bits" else Fraction(size)
+        amount = budget.spent(bits, weights, size)
         if amount > budget.amount:
             raise ContractViolated(f"the plan stores {budget.show(amount)}, more than {budget}", "allocate")
     return bits_per_weight(model), size

@@ -66,10 +66,9 @@ class BiasCorrection(Pass):
         refused = [Refusal(s.name, "a table has no output channels to correct") for s in sites if s.op == "Gather"]
         sites = [site for site in sites if site.op != "Gather"]
         if not self.create:
-            refused += [
-                Refusal(s.name, "it has no bias, and a new one would be stored") for s in sites if not has_bias(s)
-            ]
-            sites = [site for site in sites if has_bias(site)]
+            bare = {site.name for site in sites if not has_bias(site)}
+            refused += [Refusal(name, "it has no bias, and a new one would be stored") for name in sorted(bare)]
+            sites = [site for site in sites if site.name not in bare]
         if not sites:
             return PassReport(self.registered_name(), 0, tuple(refused))
         feeds = calibration_feeds(model, self.samples, self.tokens)

@@ -81,10 +81,9 @@ class EqualizeActivations(Pass):
         for fold in progress.track(folds, "equalising activations"):
             inside = {value: reach[value.name or ""] for value in values if value in fold.region.marks}
             share = _share(fold, inside)
-            s = np.minimum(share * self.margin, 1.0) ** (
-                1.0 if depthwise.issuperset(v for v in inside if v in inputs) else strength
-            )
-            fold.scale(fold.tied(s))
+            free = depthwise.issuperset(inside.keys() & inputs.keys())
+            s = np.minimum(share * self.margin, 1.0) ** (1.0 if free else strength)
+            fold.scale(s)
             ranges[fold.value.name or ""] = [spread(share), spread(share / s)]
         metrics = {"max_over_median": ranges} if ranges else {}
         return PassReport(self.registered_name(), len(folds), tuple(refused), metrics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,8 +87,9 @@ def _warn_if_over(lowering: Lowering, budgets: Sequence[str], progress: Progress
     """Say it where a pass behind the allocation has made the model larger than the budget."""
     assert lowering.lowered is not None
     bits, weights = weight_bits(lowering.rounded)
+    size = lowered_bytes(lowering.lowered.ir)
     for budget in (parse_budget(text) for text in budgets):
-        amount = Fraction(bits, weights or 1) if budget.kind == "bits" else Fraction(lowered_bytes(lowering.lowered.ir))
+        amount = budget.spent(bits, weights, size)
         if amount > budget.amount:
             progress.note(f"the result stores {budget.show(amount)}, more than {budget}: a pass changed the plan later")
 

@@ -52,9 +52,9 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
     transformed: list[bool] = []
     for item in pipeline.passes:
         rounded = rounded if work.lowered else work.clone()
-        before = _identity(work)
+        before = _parts(work)
         reports += replace(pipeline, passes=[item]).run(work, progress)
-        transformed.append(not work.lowered and _identity(work) != before)
+        transformed.append(not work.lowered and _parts(work) != before)
         _spill(work, model)
         give_back((*model.graph.initializers.values(), *work.graph.initializers.values()))
         if only_plan and work.plan.sites:
@@ -66,10 +66,9 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
     return Lowering(model, rounded, work, reports, transformed)
 
 
-def _identity(model: Model) -> tuple[list[int], dict[str, int]]:
-    """Which nodes and tensors a graph is made of: transforms replace what they change."""
-    tensors = {name: id(value.const_value) for name, value in model.graph.initializers.items()}
-    return [id(node) for node in model.graph], tensors
+def _parts(model: Model) -> tuple[list[ir.Node], dict[str, ir.TensorProtocol | None]]:
+    """The nodes and tensors that a graph is made of, equal if they are the same ones: transforms replace them."""
+    return list(model.graph), {name: value.const_value for name, value in model.graph.initializers.items()}
 
 
 def _spill(work: Model, original: Model) -> None:

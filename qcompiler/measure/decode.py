@@ -17,11 +17,10 @@ import onnxruntime as ort
 from onnx_ir.passes import common
 
 from qcompiler.measure.in_place import open_in_place
-from qcompiler.measure.memory import trim
+from qcompiler.measure.memory import give_back
 from qcompiler.scratch import spilled
 
 _LEAST_BYTES = 1 << 12  # of codes behind a value; ONNX Runtime folds shapes and axes itself
-_WORTH_TRIMMING = 1 << 22  # bytes of a result: making it took several times that
 _RANDOM = ("Random", "Bernoulli", "Multinomial")  # how the names of operations begin that differ from run to run
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
@@ -47,8 +46,7 @@ def decode_constants(model: ir.Model, *, dequantize: bool) -> None:
         value.name = f"{value.name}/folded"
         graph.register_initializer(made)
         _remove(graph, producer)
-        if array.nbytes >= _WORTH_TRIMMING:
-            trim()
+        give_back([made])
     if wanted:
         common.RemoveUnusedFunctionsPass()(model)
 
