@@ -8,6 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
 
+import numpy as np
 import onnx
 
 from qcompiler.backends.tvm.kernels import KernelSet
@@ -38,7 +39,7 @@ def _our_converters(kernels: KernelSet) -> Generator[None]:
         kernel_set = kernels
 
     ours = {"MatMul": FloatProduct, "QcRows": Rows, "QcMatMul": Product, "QcGather": Lookup, "QcConv": Convolution}
-    fixed = {"Range": Range, "Gather": Gather, "Reshape": Reshape}
+    fixed = {"Range": Range, "Gather": Gather, "Reshape": Reshape, "Clip": Clip}
     onnx_frontend._get_convert_map = lambda: {**original(), **ours, **fixed}
     try:
         yield
@@ -199,3 +200,22 @@ class Reshape(onnx_frontend.OnnxOpConverter):
 
 
 _THEIR_RESHAPE = onnx_frontend.Reshape._impl_v13
+
+
+class Clip(onnx_frontend.OnnxOpConverter):
+    """Clip between two numbers: TVM's own compiles and runs four functions a node to see that they are no NaN."""
+
+    @classmethod
+    def _impl_v11(cls, bb: Any, inputs: list[Expr], attr: dict[str, Any], params: Any) -> Expr:
+        x, low, high = (*inputs, None, None)[:3]
+        if not all(bound is None or _is_number(bound) for bound in (low, high)):
+            return _THEIR_CLIP(bb, inputs, attr, params)
+        x = x if low is None else bb.emit(relax.op.maximum(x, low))
+        return x if high is None else bb.emit(relax.op.minimum(x, high))
+
+
+def _is_number(value: Expr) -> bool:
+    return isinstance(value, ir.GenericConst) and bool(np.all(value.value.numpy() == value.value.numpy()))
+
+
+_THEIR_CLIP = onnx_frontend.Clip._impl_v13

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ class Segments(Sequence["Segment"]):
         self._preamble: Runner | None = None
         self._sessions = _Sessions(model, threads, 2)
         self._segments = [Segment(model, chain, index, threads) for index in range(len(chain.parts))]
+        self._weights_from = [*accumulate((s.weights for s in reversed(self._segments)), frozenset[str].union)][::-1]
 
     def __len__(self) -> int:
         return len(self._segments)
@@ -102,14 +104,11 @@ class Segments(Sequence["Segment"]):
         done = {name: boundary[name] for name in wanted if name in boundary}
         rest = tuple(name for name in wanted if name not in done)
         if rest:
-            changes = {name: array for name, array in (replace or {}).items() if name in self._weights_from(start)}
+            changes = {name: array for name, array in (replace or {}).items() if name in self._weights_from[start]}
             before = self._chain.parts[start].before
             runner = self._sessions.get(before, rest, changes.keys(), boundary)
             done |= runner({**boundary, **changes})
         return {name: done[name] for name in wanted}
-
-    def _weights_from(self, start: int) -> frozenset[str]:
-        return frozenset[str]().union(*(segment.weights for segment in self._segments[start:]))
 
     def boundaries(self, feeds: Mapping[str, Array]) -> Iterator[tuple[Segment, Boundary]]:
         """Every segment with the boundary before it; only one boundary is alive at a time."""

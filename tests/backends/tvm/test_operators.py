@@ -98,3 +98,25 @@ def test_dropout(training: bool, tmp_path: Path) -> None:
         assert "the model is not deterministic (Dropout)" in refused(path, Watching())
     else:
         assert qcompiler.compile(path, "cpu", "9bits", output=tmp_path / "m.qc", resume=False).verified
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.5, 0.25), (np.nan, None), (None, "input")])
+def test_clip(low: float | None, high: float | str | None, tmp_path: Path) -> None:
+    """Bounds may be absent, NaN (none, for ONNX Runtime) or computed."""
+    names = ["h", "" if low is None else "low", "" if high is None else "high"]
+    path = write(tmp_path / "m.onnx", helper.make_node("Clip", names, ["y"], name="clip"))
+    proto = onnx.load(path)
+    for name, bound in (("low", low), ("high", high)):
+        if isinstance(bound, float):
+            proto.graph.initializer.append(numpy_helper.from_array(np.array(bound, "f"), name))
+    if high == "input":
+        proto.graph.input.append(helper.make_tensor_value_info("high", TensorProto.FLOAT, []))
+    onnx.save(proto, path)
+    artifact = qcompiler.compile(path, "cpu", "9bits", output=tmp_path / "m.qc", resume=False).artifact
+    feeds = {"x": np.random.default_rng(1).standard_normal((3, 2, 8)).astype("f")}
+    if high == "input":
+        feeds["high"] = np.array(0.25, "f")
+    y = qcompiler.load(artifact).run(feeds)["y"]
+    assert np.isfinite(y).all()
+    assert (y.min() == -0.5) == (low == -0.5)
+    assert (y.max() == 0.25) == (high in (0.25, "input"))
