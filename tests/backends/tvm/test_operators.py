@@ -116,6 +116,7 @@ def test_clip(low: float | None, high: float | str | None, tmp_path: Path) -> No
     feeds = {"x": np.random.default_rng(1).standard_normal((3, 2, 8)).astype("f")}
     if high == "input":
         feeds["high"] = np.array(0.25, "f")
+    assert artifact is not None
     y = qcompiler.load(artifact).run(feeds)["y"]
     assert np.isfinite(y).all()
     assert (y.min() == -0.5) == (low == -0.5)
