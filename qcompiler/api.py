@@ -19,7 +19,7 @@ from qcompiler.build.emit import emit
 from qcompiler.build.lowering import Lowering, lower
 from qcompiler.build.memory import expected_peak
 from qcompiler.build.recipe import Options, budgets_of, build_pipeline
-from qcompiler.build.samples import Samples, Source, feed_bytes, gather
+from qcompiler.build.samples import Samples, Source, gather
 from qcompiler.build.suitable import check_suitable
 from qcompiler.capture.onnx import load_onnx
 from qcompiler.capture.torch import capture
@@ -220,7 +220,7 @@ def open_cache(resume: bool) -> Generator[Cache]:
 
 def _explained(lowering: Lowering, options: Options, samples: Samples, backend: Backend, start: float) -> CompileResult:
     model, solution = lowering.rounded, lowering.rounded.plan.solution
-    batch = feed_bytes(next(iter(samples.used.batches(samples.batch, samples.batch))))
+    batch = next(iter(samples.used.batches(samples.batch, samples.batch)))
     return CompileResult(
         None, options.target, options.budget, bits_per_weight(model), stored_bytes(model),
         stored_bytes(lowering.original, Plan()), solution.get("predicted_loss"), solution.get("lower_bound"),

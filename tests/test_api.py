@@ -155,8 +155,8 @@ def test_expected_memory_is_about_what_it_takes(work: Path) -> None:
 
 def test_expected_memory_counts_what_the_target_adds(work: Path) -> None:
     model, backend = qc.load(work), SimpleNamespace(program_bytes=10**9)
-    alone = expected_peak(model, 0, SimpleNamespace())  # type: ignore[arg-type]
-    assert expected_peak(model, 0, backend) == alone + 10**9  # type: ignore[arg-type]
+    alone = expected_peak(model, {}, SimpleNamespace())  # type: ignore[arg-type]
+    assert expected_peak(model, {}, backend) == alone + 10**9  # type: ignore[arg-type]
     assert CpuBackend.program_bytes > OnnxBackend.program_bytes > 0
 
 

@@ -64,6 +64,34 @@ def test_a_failed_folder_leaves_the_earlier_artifact(tmp_path: Path, error: Base
     assert [p.name for p in tmp_path.iterdir()] == ["a.qc"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks on folders")
+def test_what_a_killed_process_has_left_is_removed_and_what_a_living_one_makes_is_kept(tmp_path: Path) -> None:
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from qcompiler.artifact import new_folder
+        with new_folder(Path(sys.argv[1])) as folder:
+            (folder / "weights.bin").write_text("half")
+            print(folder.name, flush=True)
+            time.sleep(60)
+    """
+    out, left = tmp_path / "a.qc", list[str]()
+    command = [sys.executable, "-c", code, str(out)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            left.append(process.stdout.readline().strip())
+        processes[0].kill()
+        processes[0].wait()
+        make(out, "ours")
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.qc", left[1]])
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path: Path) -> None:
     out = tmp_path / "a.qc"
     out.mkdir()

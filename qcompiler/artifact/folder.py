@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -41,10 +42,12 @@ def new_folder(out: Path) -> Generator[Path]:
     """
     _refuse_foreign(out)
     out = _behind_links(out)
+    _remove_abandoned(out)
     folder = _temporary(out)
     try:
-        yield folder
-        _publish(folder, out)
+        with _locked(folder):
+            yield folder
+            _publish(folder, out)
     except OSError as error:
         if error.errno in _FULL:
             what = f"no room left ({os.strerror(error.errno or 0).lower()})"
@@ -106,6 +109,36 @@ def _temporary(out: Path) -> Path:
     os.umask(umask)
     folder.chmod(0o777 & ~umask)
     return folder
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what killed processes have left beside `out`: folders that nobody has locked."""
+    for folder in out.absolute().parent.glob(f".{glob.escape(out.name)}.????????.part"):
+        if folder.is_dir() and not folder.is_symlink():
+            with _locked(folder) as free:
+                if free:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Generator[bool]:
+    """Hold a folder's lock, which the system frees when this process dies; False where that cannot be had."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows has no such locks
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def _publish(folder: Path, out: Path) -> None:
