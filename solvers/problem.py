@@ -1,8 +1,12 @@
 """The allocation problem as arrays, and what a solver answers.
 
-Units choose one option each; the losses of the chosen options add up (plus, for later, quadratic terms between
-units), and so do their costs in every resource, which must stay within the budgets. Nothing here knows what
-a layer or a bit is.
+Units choose one option each. The losses of the chosen options add up, and so do their costs in every resource,
+which must stay within the budgets; two options chosen together may add a loss (errors of two layers that line up) or a
+cost (a conversion between two formats) of their own. Nothing here knows what a layer or a bit is.
+
+What else one may want is a resource with a budget: costs may be negative, so "as many units at option a as at b" is
+two resources with costs of +1 and -1 and budgets of 0; a pair that must not be chosen is a pair cost of 1 with a budget
+of 0; memory at every cut of a schedule is one resource a cut.
 """
 
 from __future__ import annotations
@@ -47,8 +51,10 @@ class Problem:
         costs: resource -> float64 [units, options], finite.
         budgets: resource -> the most that may be used of it; resources without a budget are only counted.
         ties: groups of units that must choose the same option index.
-        cross: None, or a symmetric sparse matrix [units * options, units * options] of quadratic terms: the
-            objective is then sum(loss) + x' cross x / 2. No solver here takes it yet; they refuse.
+        cross: None, or a symmetric matrix [units * options, units * options], dense or sparse, of quadratic terms:
+            the objective is sum(loss) + x' cross x / 2, where x is 1 at unit * options + option if chosen.
+        pair_costs: resource -> a symmetric sparse matrix of that shape: what two options cost if both are chosen,
+            each pair counted once. The resource is in `costs` as well.
     """
 
     loss: Floats
@@ -56,6 +62,7 @@ class Problem:
     budgets: Mapping[str, float]
     ties: tuple[tuple[int, ...], ...] = ()
     cross: Any = None
+    pair_costs: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         loss = _frozen(self.loss)
@@ -74,6 +81,12 @@ class Problem:
         empty = np.flatnonzero(~self.allowed.any(axis=1))
         if empty.size:
             raise ValueError(f"unit {empty[0]} has no option")
+        if self.cross is not None:
+            object.__setattr__(self, "cross", _symmetric(self.cross, loss.size, "cross"))
+        if not set(self.pair_costs) <= set(self.costs):
+            raise ValueError(f"pair costs of {sorted(set(self.pair_costs) - set(self.costs))}: no such resource")
+        pairs = {n: sparse.csr_array(_symmetric(m, loss.size, f"pair cost '{n}'")) for n, m in self.pair_costs.items()}
+        object.__setattr__(self, "pair_costs", pairs)
 
     @staticmethod
     def ragged(
@@ -97,18 +110,26 @@ class Problem:
         """Bool [units, options]: which options exist."""
         return np.isfinite(self.loss)
 
+    @property
+    def separable(self) -> bool:
+        """Whether there are no terms between units."""
+        return self.cross is None and not self.pair_costs
+
     def objective(self, choice: Choice) -> float:
         """Total loss of a choice [units], quadratic terms included."""
-        index = np.arange(self.units)
-        linear = math.fsum(self.loss[index, choice])
-        if self.cross is None:
-            return linear
-        chosen = index * self.loss.shape[1] + choice
-        return linear + 0.5 * float(sparse.csr_array(self.cross)[chosen][:, chosen].sum())
+        linear = math.fsum(self.loss[np.arange(self.units), choice])
+        return linear if self.cross is None else linear + 0.5 * self._between(self.cross, choice)
 
     def used(self, choice: Choice, resource: str) -> float:
         """What a choice costs of a resource, correctly rounded (exact for integers below 2^53)."""
-        return math.fsum(self.costs[resource][np.arange(self.units), choice])
+        own = math.fsum(self.costs[resource][np.arange(self.units), choice])
+        pairs = self.pair_costs.get(resource)
+        return own if pairs is None else own + 0.5 * self._between(pairs, choice)
+
+    def _between(self, matrix: Any, choice: Choice) -> float:
+        """Sum of a matrix's entries at the chosen options."""
+        chosen = np.arange(self.units) * self.loss.shape[1] + choice
+        return float(matrix[np.ix_(chosen, chosen)].sum() if isinstance(matrix, np.ndarray) else _sum(matrix, chosen))
 
     def feasible(self, choice: Choice) -> bool:
         """Whether a choice meets every budget, without tolerance."""
@@ -151,26 +172,67 @@ class Solution:
 
 
 def separable(problem: Problem) -> tuple[Problem, Choice]:
+    """`without_ties`, for solvers that take no terms between units: they raise ValueError."""
+    if not problem.separable:
+        raise ValueError("this solver takes no terms between units (quadratic loss, pair costs)")
+    return without_ties(problem)
+
+
+def without_ties(problem: Problem) -> tuple[Problem, Choice]:
     """Merge tied units into one: (a problem without ties, int [units] -> merged unit).
 
-    Raises ValueError for quadratic terms, which the separable solvers do not take, and for ties between
-    units that share no option.
+    Terms between units that are merged become part of the merged unit's own loss and costs.
+
+    Raises ValueError for ties between units that share no option.
     """
-    if problem.cross is not None:
-        raise ValueError("this solver takes no quadratic terms between units")
     if not problem.ties:
         return problem, np.arange(problem.units)
     pairs = [(group[0], unit) for group in problem.ties for unit in group[1:]]
     rows, columns = [p[0] for p in pairs], [p[1] for p in pairs]
     links = sparse.coo_array((np.ones(len(pairs)), (rows, columns)), shape=(problem.units, problem.units))
     count, labels = connected_components(links, directed=False)
+    fold = _folding(labels, count, problem.loss.shape[1])
     merged = replace(
         problem,
         loss=_added(problem.loss, labels, count),
         costs={name: _added(cost, labels, count) for name, cost in problem.costs.items()},
         ties=(),
+        cross=None if problem.cross is None else _folded(problem.cross, fold),
+        pair_costs={name: _folded(matrix, fold) for name, matrix in problem.pair_costs.items()},
     )
     return merged, labels.astype(np.intp)
+
+
+def _folding(labels: npt.NDArray[Any], count: int, options: int) -> Any:
+    """Sparse 0/1 matrix [units * options, merged * options]."""
+    rows = np.arange(len(labels) * options)
+    columns = (labels[:, None] * options + np.arange(options)).ravel()
+    return sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(rows), count * options))
+
+
+def _folded(matrix: Any, fold: Any) -> Any:
+    folded = fold.T @ (matrix @ fold)
+    return np.asarray(folded) if isinstance(matrix, np.ndarray) else sparse.csr_array(folded)
+
+
+def _sum(matrix: Any, chosen: Choice) -> float:
+    return sparse.csr_array(matrix)[chosen][:, chosen].sum()
+
+
+def _symmetric(matrix: Any, size: int, name: str) -> Any:
+    """The matrix as float64, dense or CSR; ValueError unless it is finite, symmetric and of the right size."""
+    dense = isinstance(matrix, np.ndarray)
+    found: Any = np.array(matrix, np.float64) if dense else sparse.csr_array(matrix, dtype=np.float64)
+    values = found if dense else found.data
+    if found.shape != (size, size) or not np.isfinite(values).all():
+        raise ValueError(f"{name} must be finite and [units * options] squared, ({size}, {size}), not {found.shape}")
+    difference = found - found.T
+    largest = np.abs(values).max(initial=0.0)
+    if np.abs(difference if dense else difference.data).max(initial=0.0) > 1e-9 * largest:
+        raise ValueError(f"{name} must be symmetric")
+    if dense:
+        found.setflags(write=False)
+    return found
 
 
 def _added(rows: Floats, labels: npt.NDArray[Any], count: int) -> Floats:
