@@ -21,15 +21,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import isotonic_regression
 
-from qcompiler.calibration import Calibration
 from qcompiler.formats import QuantSpec
 from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import Site
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.loss import PARTS, Kind, Reference
 from qcompiler.measure.probes import Probes
+from qcompiler.measure.samples import choose_samples
 from qcompiler.measure.segments import Segments
-from qcompiler.measure.shorten import shortened
 from qcompiler.measure.stream import calibration_of, measurement_key
 from qcompiler.model import Model
 from qcompiler.plan import SitePlan
@@ -40,10 +39,6 @@ Floats = npt.NDArray[np.float64]
 Mode = Literal["full", "anchor"]
 Effort = Literal["auto", "full", "anchor"]
 Option = QuantSpec | SitePlan | None
-_BATCH_WORK = 1 << 26  # weights times samples of a batch
-_INPUT_WORK = 32  # an input element counts as so many weights
-_ENOUGH_ROWS = 512  # of the output; a language model has as many in one sample
-_LEAST_ROWS, _MOST_ELEMENTS = 128, 1 << 24  # fewer rows where there are many classes: they cost the most time
 _TRIAL = 1 << 17  # weights that are fitted to see how long fitting takes
 _SKETCH = 8192
 
@@ -125,10 +120,9 @@ def sensitivities(
     rows = [candidates[s.name] for s in sites] if isinstance(candidates, Mapping) else list(candidates)
     specs = [tuple(_spec(option) for option in row) for row in rows]
     chain, data = Segments(model.ir), calibration_of(model)
-    most = _largest_batch(data, sites)
-    used, length = (min(samples, data.count), None) if samples else _enough(chain, data, kinds, most)
-    batches = [shortened(model.ir, feeds, length) for feeds in data.batches(most, used)]
-    store = _Store(model, used, length, sorted((kinds or {}).items()))
+    chosen = choose_samples(chain, data, sites, samples, kinds)
+    batches = chosen.batches(model.ir, data)
+    store = _Store(model, chosen.used, chosen.length, sorted((kinds or {}).items()))
     mode = effort if effort != "auto" else store.mode(seconds, specs, lambda: _estimate(chain, batches, sites, specs))
     found: list[list[_Measured]] = [[] for _ in sites]
     of_output: Mapping[str, Kind] = {}
@@ -143,32 +137,12 @@ def sensitivities(
         loss = [_monotone(site, row, values) for site, row, values in zip(sites, specs, loss, strict=True)]
     return Sensitivity(
         tuple(site.name for site in sites), tuple(specs), tuple(loss), tuple(r[1] for r in results),
-        tuple(r[2] for r in results), mode, of_output, used, store.probes, time.monotonic() - begin,
+        tuple(r[2] for r in results), mode, of_output, chosen.used, store.probes, time.monotonic() - begin,
     )  # fmt: skip
 
 
 def _spec(option: Option) -> QuantSpec | None:
     return option.weight if isinstance(option, SitePlan) else option
-
-
-def _largest_batch(data: Calibration, sites: Sequence[Site]) -> int:
-    """16 samples, more for small models and inputs; the same on every machine, since it is part of cache keys."""
-    size = max(sum(site.count for site in sites), 1)
-    for feeds in data.batches(1, 1):
-        size = max(size, _INPUT_WORK * sum(array.size for array in feeds.values()))
-    return int(np.clip(_BATCH_WORK // size, 16, _ENOUGH_ROWS))
-
-
-def _enough(chain: Segments, data: Calibration, kinds: Mapping[str, Kind] | None, most: int) -> tuple[int, int | None]:
-    """Samples that give enough rows of output, at most one batch; and rows if a single sample has too many."""
-    rows, wanted = 1, _ENOUGH_ROWS
-    for feeds in data.batches(1, 1):
-        outputs = chain.run(chain.start(feeds))
-        rows = max(Reference(outputs, kinds, 1).rows, 1)
-        widest = max((a.size for a in outputs.values()), default=1) // rows
-        wanted = int(np.clip(_MOST_ELEMENTS // max(widest, 1), _LEAST_ROWS, _ENOUGH_ROWS))
-    used = int(np.clip(-(-wanted // rows), 1, min(most, data.count)))
-    return used, wanted if rows > wanted else None
 
 
 def _in_graph_order(chain: Segments, sites: Sequence[Site]) -> list[int]:

@@ -1,0 +1,83 @@
+"""Which samples the losses of a model are measured on: the same for single changes, pairs and whole allocations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.calibration import Calibration
+from qcompiler.graph.sites import Site
+from qcompiler.measure.loss import Kind, Reference
+from qcompiler.measure.segments import Segments
+from qcompiler.measure.shorten import shortened
+
+_BATCH_WORK = 1 << 26  # weights times samples of a batch
+_INPUT_WORK = 32  # an input element counts as so many weights
+_ENOUGH_ROWS = 512  # of the output; a language model has as many in one sample
+_LEAST_ROWS, _MOST_ELEMENTS = 128, 1 << 24  # fewer rows where there are many classes: they cost the most time
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The first samples of calibration data, as batches.
+
+    Attributes:
+        used: how many samples.
+        length: positions of a text that are kept; None: all.
+        batch: samples in a batch at most.
+    """
+
+    used: int
+    length: int | None
+    batch: int
+
+    def batches(self, model: ir.Model, data: Calibration) -> list[Mapping[str, npt.NDArray[Any]]]:
+        """The feeds of every batch."""
+        return [shortened(model, feeds, self.length) for feeds in data.batches(self.batch, self.used)]
+
+
+def choose_samples(
+    chain: Segments,
+    data: Calibration,
+    sites: Sequence[Site],
+    samples: int | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+) -> Samples:
+    """So many samples, or enough of them.
+
+    Args:
+        chain: of the model.
+        data: of the model; not empty.
+        sites: that are measured.
+        samples: None or 0: enough for 512 rows of output (fewer if they are long), at most one batch (16, more for
+            small models); of texts longer than that the beginning.
+        kinds: how to judge an output, where `loss.output_kind` should not decide.
+    """
+    most = _largest_batch(data, sites)
+    used, length = (min(samples, data.count), None) if samples else _enough(chain, data, kinds, most)
+    return Samples(used, length, most)
+
+
+def _largest_batch(data: Calibration, sites: Sequence[Site]) -> int:
+    """16 samples, more for small models and inputs; the same on every machine, since it is part of cache keys."""
+    size = max(sum(site.count for site in sites), 1)
+    for feeds in data.batches(1, 1):
+        size = max(size, _INPUT_WORK * sum(array.size for array in feeds.values()))
+    return int(np.clip(_BATCH_WORK // size, 16, _ENOUGH_ROWS))
+
+
+def _enough(chain: Segments, data: Calibration, kinds: Mapping[str, Kind] | None, most: int) -> tuple[int, int | None]:
+    """Samples that give enough rows of output, at most one batch; and rows if a single sample has too many."""
+    rows, wanted = 1, _ENOUGH_ROWS
+    for feeds in data.batches(1, 1):
+        outputs = chain.run(chain.start(feeds))
+        rows = max(Reference(outputs, kinds, 1).rows, 1)
+        widest = max((a.size for a in outputs.values()), default=1) // rows
+        wanted = int(np.clip(_MOST_ELEMENTS // max(widest, 1), _LEAST_ROWS, _ENOUGH_ROWS))
+    used = int(np.clip(-(-wanted // rows), 1, min(most, data.count)))
+    return used, wanted if rows > wanted else None
