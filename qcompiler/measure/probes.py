@@ -56,9 +56,15 @@ class Probes:
         """
         matrix = quantize(site.matrix(), spec, method="mse").decode()
         change = {_weight(site): site.from_matrix(matrix).astype(_dtype(site))}
-        segment = self._go_to(site)
-        boundary = segment.run(self._boundary, change)
-        outputs = self._chain.run(boundary, segment.index + 1, change)
+        segment, boundary = self.before(self._place[site.name])
+        return self.judge(segment, boundary, change)
+
+    def judge(
+        self, segment: Segment, boundary: Boundary, change: Mapping[str, Array]
+    ) -> tuple[Floats, npt.NDArray[np.float32]]:
+        """As `probe`, for any changed weights (arrays by initializer), from a boundary before a segment."""
+        after = segment.run(boundary, change)
+        outputs = self._chain.run(after, segment.index + 1, change)
         with np.errstate(invalid="ignore", over="ignore"):
             losses, sketch = self.reference.measure(outputs)
         if not (np.isfinite(losses).all() and np.isfinite(sketch).all()):
@@ -88,24 +94,23 @@ class Probes:
 
     def _inputs(self, site: Site) -> npt.NDArray[np.float32] | None:
         """Rows that multiply the weight in its first segment: float32 [groups, T, columns]."""
-        segment = self._go_to(site)
+        segment, boundary = self.before(self._place[site.name])
         for user in site.users:
             data = None if user.op_type == "Gather" else user.inputs[0]
             name = None if data is None else data.name
-            if name is not None and (name in segment.made or name in self._boundary):
-                array = segment.read(self._boundary, [name])[name]
+            if name is not None and (name in segment.made or name in boundary):
+                array = segment.read(boundary, [name])[name]
                 return site_inputs(site, array, _INPUT_ROWS, user)
         return None
 
-    def _go_to(self, site: Site) -> Segment:
-        """Bring the boundary to the segment of a site."""
-        target = self._place[site.name]
-        if target < self._position:
+    def before(self, index: int) -> tuple[Segment, Boundary]:
+        """A segment, and the float model's boundary before it."""
+        if index < self._position:
             self._position, self._boundary = 0, self._start
-        while self._position < target:
+        while self._position < index:
             self._boundary = self._chain[self._position].run(self._boundary)
             self._position += 1
-        return self._chain[target]
+        return self._chain[index], self._boundary
 
 
 def _weight(site: Site) -> str:

@@ -12,7 +12,7 @@ loss[b] = loss[anchor] * error[b] / error[anchor].
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -24,23 +24,18 @@ from scipy.optimize import isotonic_regression
 from qcompiler.formats import QuantSpec
 from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import Site
-from qcompiler.measure.cache import Cache
+from qcompiler.measure.experiment import Experiment, Menus, Store
+from qcompiler.measure.experiment import Option as Option
 from qcompiler.measure.loss import PARTS, Kind, Reference
 from qcompiler.measure.probes import Probes
-from qcompiler.measure.samples import choose_samples
-from qcompiler.measure.segments import Segments
-from qcompiler.measure.stream import calibration_of, measurement_key
 from qcompiler.model import Model
-from qcompiler.plan import SitePlan
 from qcompiler.progress import Progress, Silent
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Mode = Literal["full", "anchor"]
 Effort = Literal["auto", "full", "anchor"]
-Option = QuantSpec | SitePlan | None
 _TRIAL = 1 << 17  # weights that are fitted to see how long fitting takes
-_SKETCH = 8192
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class Sensitivity:
 def sensitivities(
     model: Model,
     sites: Sequence[Site],
-    candidates: Mapping[str, Sequence[Option]] | Sequence[Sequence[Option]],
+    candidates: Menus,
     *,
     samples: int | None = None,
     effort: Effort = "auto",
@@ -116,51 +111,55 @@ def sensitivities(
             not buy bits.
         progress: shows how far and how long.
     """
+    experiment = Experiment(model, sites, candidates, samples, kinds)
+    return measure_singles(experiment, effort=effort, seconds=seconds, monotone=monotone, progress=progress)
+
+
+def measure_singles(
+    experiment: Experiment,
+    *,
+    effort: Effort = "auto",
+    seconds: float = 240.0,
+    monotone: bool = True,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """`sensitivities` on what another measurement goes on with."""
     begin = time.monotonic()
-    rows = [candidates[s.name] for s in sites] if isinstance(candidates, Mapping) else list(candidates)
-    specs = [tuple(_spec(option) for option in row) for row in rows]
-    chain, data = Segments(model.ir), calibration_of(model)
-    chosen = choose_samples(chain, data, sites, samples, kinds)
-    batches = chosen.batches(model.ir, data)
-    store = _Store(model, chosen.used, chosen.length, sorted((kinds or {}).items()))
-    mode = effort if effort != "auto" else store.mode(seconds, specs, lambda: _estimate(chain, batches, sites, specs))
+    sites, specs, store = experiment.sites, experiment.specs, experiment.store
+    mode = effort if effort != "auto" else _mode(experiment, seconds)
     found: list[list[_Measured]] = [[] for _ in sites]
     of_output: Mapping[str, Kind] = {}
-    for number, feeds in enumerate(batches):
-        probes = Probes(chain, feeds, kinds, max(1, _SKETCH // len(batches)), number)
+    for number in range(len(experiment.batches)):
+        probes = experiment.probes(number)
         of_output = probes.reference.kinds
-        for index in (progress or Silent()).track(_in_graph_order(chain, sites), "sensitivity"):
+        for index in (progress or Silent()).track(experiment.order, "sensitivity"):
             found[index].append(_measure(store, probes, sites[index], specs[index], mode))
     results = [_join(parts, len(row)) for parts, row in zip(found, specs, strict=True)]
     loss = [r[0] for r in results]
     if monotone:
         loss = [_monotone(site, row, values) for site, row, values in zip(sites, specs, loss, strict=True)]
     return Sensitivity(
-        tuple(site.name for site in sites), tuple(specs), tuple(loss), tuple(r[1] for r in results),
-        tuple(r[2] for r in results), mode, of_output, chosen.used, store.probes, time.monotonic() - begin,
+        tuple(site.name for site in sites), specs, tuple(loss), tuple(r[1] for r in results),
+        tuple(r[2] for r in results), mode, of_output, experiment.samples, store.probes, time.monotonic() - begin,
     )  # fmt: skip
 
 
-def _spec(option: Option) -> QuantSpec | None:
-    return option.weight if isinstance(option, SitePlan) else option
+def _mode(experiment: Experiment, seconds: float) -> Mode:
+    """Full if the estimate fits into `seconds`; a killed run decides as before."""
+    texts = [[str(spec) for spec in row] for row in experiment.specs]
+
+    def decide() -> dict[str, Array]:
+        return {"full": np.array(_estimate(experiment) <= seconds)}
+
+    return "full" if bool(experiment.store.get(decide, "mode", seconds, texts)["full"]) else "anchor"
 
 
-def _in_graph_order(chain: Segments, sites: Sequence[Site]) -> list[int]:
-    """Positions of the sites, so that boundaries are made in one walk along the chain."""
-    place = {own.name: segment.index for segment in chain for own in segment.sites}
-    return sorted(range(len(sites)), key=lambda i: place[sites[i].name])
-
-
-def _estimate(
-    chain: Segments,
-    batches: Sequence[Mapping[str, Array]],
-    sites: Sequence[Site],
-    specs: Sequence[tuple[QuantSpec | None, ...]],
-) -> float:
+def _estimate(experiment: Experiment) -> float:
     """CPU seconds that measuring everything would take: half a run for each probe, and the fitting of the formats.
 
     Of all threads, not by the clock: a machine that is busy otherwise makes the same plan.
     """
+    chain, batches, sites, specs = experiment.chain, experiment.batches, experiment.sites, experiment.specs
     if not batches or not sites:
         return 0.0
     counts = [len({spec for spec in row if spec is not None}) for row in specs]
@@ -189,46 +188,7 @@ class _Measured:
     sketches: npt.NDArray[np.float32]
 
 
-class _Store:
-    """Probes and decisions by content, so that a killed run goes on and decides as before."""
-
-    def __init__(self, model: Model, *parts: object) -> None:
-        self._cache = model.cache
-        self._key = measurement_key(model, "sensitivity", *parts)
-        self.probes = 0
-
-    def mode(
-        self, seconds: float, specs: Sequence[tuple[QuantSpec | None, ...]], estimate: Callable[[], float]
-    ) -> Mode:
-        """Full if the estimate fits into `seconds`."""
-        texts = [[str(spec) for spec in row] for row in specs]
-        stored = self.get(lambda: {"full": np.array(estimate() <= seconds)}, "mode", seconds, texts)
-        return "full" if bool(stored["full"]) else "anchor"
-
-    def get(self, make: Callable[[], dict[str, Array]], *parts: object) -> dict[str, Array]:
-        """What was stored for these parts, or what `make` gives now."""
-        if self._cache is None:
-            return make()
-        key = Cache.key(self._key, *parts)
-        stored = self._cache.get(key)
-        if stored is None:
-            stored = make()
-            self._cache.put(key, stored)
-        return stored
-
-    def probe(self, probes: Probes, site: Site, spec: QuantSpec) -> tuple[Floats, npt.NDArray[np.float32]]:
-        """One probe's losses [parts] and sketch [width]."""
-
-        def run() -> dict[str, Array]:
-            self.probes += 1
-            losses, sketch = probes.probe(site, spec)
-            return {"losses": losses, "sketch": sketch}
-
-        stored = self.get(run, "probe", probes.number, site.name, str(spec))
-        return stored["losses"], stored["sketch"]
-
-
-def _measure(store: _Store, probes: Probes, site: Site, row: tuple[QuantSpec | None, ...], mode: Mode) -> _Measured:
+def _measure(store: Store, probes: Probes, site: Site, row: tuple[QuantSpec | None, ...], mode: Mode) -> _Measured:
     unique = sorted({s for s in row if s is not None}, key=lambda s: s.stored_bits(site.rows, site.columns))
     if not unique:
         return _Measured(np.zeros((len(row), PARTS)), np.zeros((len(row), probes.reference.width), np.float32))
