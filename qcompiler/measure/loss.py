@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import logsumexp
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -174,7 +175,7 @@ class _Classes:
             p = self._p[part]
             d = z[part] - self._z[part]
             d -= np.einsum("ij,ij->i", p, d)[:, None]
-            per_row[part] = _divergence(p, d)
+            per_row[part] = _divergence(p, d, self._z[part])
             if self._picked is None:
                 sketches.append((np.sqrt(p) * d).ravel())
             else:
@@ -191,15 +192,15 @@ class _Classes:
         return flat if self._kind == "logits" else np.log(np.maximum(flat, np.float32(_TINY)))
 
 
-def _divergence(p: Floats, d: Floats) -> npt.NDArray[np.float64]:
-    """KL of each row for changes d of the logits with E_p[d] = 0: ln E_p[e^d] = ln(1 + E_p[e^d - 1 - d])."""
+def _divergence(p: Floats, d: Floats, z: Floats) -> npt.NDArray[np.float64]:
+    """KL of each row for changes d of the logits z with E_p[d] = 0: ln E_p[e^d] = ln(1 + E_p[e^d - 1 - d])."""
     top = d.max(-1)
     if not np.isfinite(top).all():
         return np.where(np.isfinite(top), 0, np.inf)
     if top.max(initial=0) < 40:
         return np.log1p(np.einsum("ij,ij->i", p, np.expm1(d) - d).astype(np.float64))
-    scaled = np.einsum("ij,ij->i", p, np.exp(d - top[:, None]), dtype=np.float64)
-    return np.log(np.maximum(scaled, 1e-300)) + top
+    before = z.astype(np.float64)  # p itself is 0 in float32 where such a change may put all of the probability
+    return np.asarray(logsumexp(before + d, -1) - logsumexp(before, -1), np.float64)
 
 
 def _rows(z: Array) -> Floats:

@@ -196,6 +196,11 @@ def test_divergence_is_precise_for_tiny_and_for_huge_changes() -> None:
         y = (z + size * noise).astype(np.float32)
         assert output_loss({"y": z}, {"y": y}, {"y": "logits"}) == pytest.approx(kl(z, y), rel=2e-4)
     assert output_loss({"y": z}, {"y": z + 3}, {"y": "logits"}) == pytest.approx(0, abs=1e-9)
+    sure = z.copy()
+    sure[:, 0] += 500  # the others' probabilities are 0 in float32
+    assert output_loss({"y": sure}, {"y": sure[:, ::-1]}, {"y": "logits"}) == pytest.approx(
+        kl(sure, sure[:, ::-1]), rel=1e-6
+    )
 
 
 def test_kinds_of_outputs() -> None:
