@@ -1,0 +1,84 @@
+"""The quantized weights of many allocations, made once and kept within a limit of memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy.typing as npt
+
+from qcompiler.formats import QTensor, QuantSpec
+from qcompiler.formats.fit import quantize
+from qcompiler.graph.sites import Site
+
+Array = npt.NDArray[Any]
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+class _Codes:
+    """A tensor of codes, with its size."""
+
+    def __init__(self, tensor: QTensor) -> None:
+        self.tensor = tensor
+        self.nbytes = tensor.codes.nbytes + tensor.scale.nbytes
+
+
+T = TypeVar("T", bound=_Sized)
+
+
+class QuantizedWeights:
+    """Weights of sites in their formats: nearest, clipped for the smallest squared error, as `probes` does it.
+
+    Args:
+        sites: of a float model.
+        specs: for each site its formats.
+        memory: bytes; what was used least recently goes first. Codes take three quarters of it (fitting is slow),
+            decoded arrays the rest.
+    """
+
+    def __init__(self, sites: Sequence[Site], specs: Sequence[Sequence[QuantSpec]], memory: int) -> None:
+        self._sites, self._specs = sites, specs
+        self._codes = _Recent[_Codes](memory // 4 * 3)
+        self._arrays = _Recent[Array](memory // 4)
+
+    def get(self, site: int, option: int) -> Array:
+        """The decoded weight of a site, in the shape and type of its initializer; an option < 0 is the float weight."""
+        own, tensor = self._sites[site], self._sites[site].weight.const_value
+        assert tensor is not None
+        if option < 0:
+            return tensor.numpy()
+        dtype = tensor.dtype.numpy()
+
+        def decode() -> Array:
+            codes = self._codes.get((site, option), lambda: _fit(own, self._specs[site][option]))
+            return own.from_matrix(codes.tensor.decode()).astype(dtype, copy=False)
+
+        return self._arrays.get((site, option), decode)
+
+
+def _fit(site: Site, spec: QuantSpec) -> _Codes:
+    return _Codes(quantize(site.matrix(), spec, method="mse"))
+
+
+class _Recent(Generic[T]):
+    """What was used last, within a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+        self._items: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of a key, made if it is not here (any more)."""
+        if key in self._items:
+            self._items.move_to_end(key)
+            return self._items[key]
+        value = self._items[key] = make()
+        self._held += value.nbytes
+        while self._held > self._limit:
+            self._held -= self._items.popitem(last=False)[1].nbytes
+        return value
