@@ -28,6 +28,7 @@ from qcompiler.measure.experiment import Experiment, Menus, Store
 from qcompiler.measure.experiment import Option as Option
 from qcompiler.measure.loss import PARTS, Kind, Reference
 from qcompiler.measure.probes import Probes
+from qcompiler.measure.quadratic import bounds
 from qcompiler.model import Model
 from qcompiler.progress import Progress, Silent
 
@@ -75,8 +76,8 @@ class Sensitivity:
         starts = np.cumsum([0, *(len(row) for row in self.loss)])
         vectors = np.concatenate(self.sketches).astype(np.float32)
         diagonal = 2 * np.concatenate(self.loss)
-        bound = np.sqrt(np.maximum(diagonal, 0))
-        gram = np.clip((vectors @ vectors.T).astype(np.float64), -np.outer(bound, bound), np.outer(bound, bound))
+        bound = bounds(diagonal)
+        gram = np.clip((vectors @ vectors.T).astype(np.float64), -bound, bound)
         for low, high in pairwise(starts):
             gram[low:high, low:high] = 0
         np.fill_diagonal(gram, diagonal)
