@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompiler.solvers.problem import Choice, Floats, Problem, separable
+
+_CHUNK = 1 << 14  # units at a time: their tables stay in the processor's cache
 
 
 class CurvePoint(NamedTuple):
@@ -32,12 +33,13 @@ class Path:
 
     Attributes:
         start: int [units], the cheapest option of every unit (of equally cheap ones, the best).
-        unit, option: int [steps]: the step moves `unit` to `option`.
+        unit, before, option: int [steps]: the step moves `unit` from option `before` to `option`.
         slope: float64 [steps], change of loss per cost, negative, not decreasing.
     """
 
     start: Choice
     unit: Choice
+    before: Choice
     option: Choice
     slope: Floats
 
@@ -47,40 +49,73 @@ class Path:
         choice[self.unit[:stop]] = self.option[:stop]  # later steps of a unit overwrite earlier ones
         return choice
 
+    def changes(self, table: Floats) -> Floats:
+        """By how much every step changes the sum over a table [units, options]: float64 [steps]."""
+        width = table.shape[1]
+        flat = table.ravel()
+        return flat[self.unit * width + self.option] - flat[self.unit * width + self.before]
 
-def lower_hull(cost: Floats, loss: Floats) -> list[int]:
-    """Indices of the lower convex hull of points, from the cheapest to the one with the least loss.
 
-    Options with infinite loss are left out. Costs rise and losses fall strictly along the result, and so do
-    the steepnesses.
+def lower_hulls(cost: Floats, loss: Floats) -> tuple[Choice, Floats]:
+    """Lower convex hulls of many units at once, from the cheapest option to the one with the least loss.
+
+    Costs rise and losses fall strictly along a hull; the slopes do not decrease. Options with infinite loss are
+    left out. All units take their next step together ("gift wrapping"), so that the work is vectorised over
+    them: O(units x options x the longest hull).
+
+    Args:
+        cost: float64 [units, options], finite.
+        loss: float64 [units, options], finite or inf, at least one finite in a row.
+
+    Returns:
+        Int [units, options]: the options on the hull in order, then -1; float64 [units, options]: the slope of
+        the step that leads to each, NaN for the first and after the last.
     """
-    hull: list[int] = []
-    for point in np.lexsort((loss, cost)):
-        p = int(point)
-        if not math.isfinite(loss[p]) or (hull and loss[p] >= loss[hull[-1]]):
-            continue
-        while len(hull) > 1 and _slope(cost, loss, hull[-2], hull[-1]) >= _slope(cost, loss, hull[-1], p):
-            hull.pop()
-        hull.append(p)
-    return hull
+    option = np.full(loss.shape, -1, np.intp)
+    slope = np.full(loss.shape, np.nan)
+    for first in range(0, len(loss), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        _wrap(cost[part], loss[part], option[part], slope[part])
+    return option, slope
 
 
-def _slope(cost: Floats, loss: Floats, a: int, b: int) -> float:
-    return float((loss[b] - loss[a]) / (cost[b] - cost[a]))
+def _wrap(cost: Floats, loss: Floats, option: Choice, slope: Floats) -> None:
+    """`lower_hulls` of a chunk, written into `option` and `slope`."""
+    exists = np.isfinite(loss)
+    cheapest = np.where(exists, cost, np.inf).min(axis=1, keepdims=True)
+    now = np.where(exists & (cost == cheapest), loss, np.inf).argmin(axis=1)
+    option[:, 0] = now
+    alive, last = np.arange(len(loss)), np.full(len(loss), -np.inf)
+    for step in range(1, loss.shape[1]):
+        rows = np.arange(len(alive))
+        dc, dl = cost - cost[rows, now][:, None], loss - loss[rows, now][:, None]
+        rate = np.full(loss.shape, np.inf)
+        with np.errstate(over="ignore"):
+            np.divide(dl, dc, out=rate, where=(dl < 0) & (dc > 0))
+        steepest = rate.min(axis=1)
+        going = steepest < np.inf
+        if not going.any():
+            return
+        farthest = np.where(rate == steepest[:, None], cost, -np.inf).argmax(axis=1)
+        alive, now, cost, loss = alive[going], farthest[going], cost[going], loss[going]
+        # Rounding must not make a later step steeper than the one before it.
+        last = np.clip(steepest[going], last[going], None).clip(-np.finfo(np.float64).max)
+        option[alive, step], slope[alive, step] = now, last
 
 
 def path(problem: Problem, resource: str) -> Path:
     """The equal-slope path of a problem without ties, for one resource; other resources are not looked at."""
-    start = np.zeros(problem.units, np.intp)
-    steps: list[tuple[float, int, int]] = []
-    for unit, (cost, loss) in enumerate(zip(problem.costs[resource], problem.loss, strict=True)):
-        hull = lower_hull(cost, loss)
-        start[unit] = hull[0]
-        steps += [(_slope(cost, loss, a, b), unit, b) for a, b in pairwise(hull)]
-    steps.sort(key=lambda step: step[0])  # stable: the steps of a unit keep their order
-    columns = list(zip(*steps, strict=True)) or [(), (), ()]
-    slope = np.array(columns[0], np.float64)
-    return Path(start, np.array(columns[1], np.intp), np.array(columns[2], np.intp), slope)
+    option, slope = lower_hulls(problem.costs[resource], problem.loss)
+    if not option.size:
+        nothing = np.zeros(0, np.intp)
+        return Path(np.zeros(problem.units, np.intp), nothing, nothing, nothing, np.zeros(0))
+    taken = np.flatnonzero(option[:, 1:].ravel() >= 0)
+    rising = slope[:, 1:].ravel()[taken]
+    order = np.argsort(rising, kind="stable")  # the steps of a unit keep their order
+    unit, step = np.divmod(taken[order], option.shape[1] - 1)
+    at = unit * option.shape[1] + step
+    flat = option.ravel()
+    return Path(option[:, 0].copy(), unit, flat[at], flat[at + 1], rising[order])
 
 
 def curve(problem: Problem, resource: str) -> list[CurvePoint]:
@@ -92,24 +127,16 @@ def curve(problem: Problem, resource: str) -> list[CurvePoint]:
     steps = path(merged, resource)
     index = np.arange(merged.units)
     cost, loss = merged.costs[resource], merged.loss
-    now = steps.start.copy()
-    dc, dl = [math.fsum(cost[index, now])], [math.fsum(loss[index, now])]
-    for unit, option in zip(steps.unit, steps.option, strict=True):
-        dc.append(float(cost[unit, option] - cost[unit, now[unit]]))
-        dl.append(float(loss[unit, option] - loss[unit, now[unit]]))
-        now[unit] = option
-    error = 4 * np.finfo(np.float64).eps * len(dl) * float(np.abs(dl).sum())
-    costs, losses = np.cumsum(dc).tolist(), np.cumsum(dl).tolist()
-    return [CurvePoint(c, v, v - error) for c, v in zip(costs, losses, strict=True)]
+    costs = np.cumsum([math.fsum(cost[index, steps.start]), *steps.changes(cost)])
+    changes = np.array([math.fsum(loss[index, steps.start]), *steps.changes(loss)])
+    error = 4 * np.finfo(np.float64).eps * len(changes) * float(np.abs(changes).sum())
+    losses = np.cumsum(changes)
+    return list(map(CurvePoint, costs.tolist(), losses.tolist(), (losses - error).tolist()))
 
 
 def affordable_steps(problem: Problem, steps: Path, resource: str) -> int:
     """How many steps fit the budget of a resource before the first that does not."""
-    cost, now = problem.costs[resource], steps.start.copy()
-    room = problem.budgets[resource] - math.fsum(cost[np.arange(problem.units), now])
-    extra: list[float] = []
-    for unit, option in zip(steps.unit, steps.option, strict=True):
-        extra.append(float(cost[unit, option] - cost[unit, now[unit]]))
-        now[unit] = option
-    used: npt.NDArray[np.float64] = np.cumsum(extra) if extra else np.zeros(0)
+    cost = problem.costs[resource]
+    room = problem.budgets[resource] - math.fsum(cost[np.arange(problem.units), steps.start])
+    used: npt.NDArray[np.float64] = np.cumsum(steps.changes(cost))
     return int(np.searchsorted(used, room, side="right"))

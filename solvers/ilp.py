@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,14 +20,20 @@ import pulp
 from qcompiler.solvers.knapsack import solve_lagrangian
 from qcompiler.solvers.problem import Choice, Floats, InfeasibleProblem, NoChoiceFound, Problem, Solution, separable
 
+_TIGHTER = (0.0, 0.0, 0.0, 0.0, 1e-7, 1e-6)  # relative, of the budgets, in the attempts to solve one program
+_TOLERANCES = {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
 _ACCURACY = 1e-7  # of the integer solvers' bounds, on losses scaled to 1
 
 
+LARGEST = 60_000  # variables; PuLP takes seconds to build more, and HiGHS rarely closes them
+
+
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
+    """What the integer solver says of a core: its best choice, a bound of all, and whether there are none."""
+
     choice: Choice | None
     bound: float
-    optimal: bool
     infeasible: bool
 
 
@@ -53,8 +60,10 @@ def solve_ilp(problem: Problem, deadline: float = 60.0, engine: str = "highs") -
         known = None
     if known is not None and known.status == "optimal":
         return replace(known, choice=known.choice[members], method="ilp")
-    options = _useful(merged, known)
-    answer = _solved(merged, options, start + deadline, engine)
+    options = merged.allowed if known is None else useful(merged, known, known.objective)
+    if known is not None and np.count_nonzero(options[options.sum(axis=1) > 1]) > LARGEST:
+        return replace(known, choice=known.choice[members], method="ilp", seconds=time.monotonic() - start)
+    answer = solve_core(merged, options, start + deadline, engine)
     if answer.infeasible and known is None:
         raise InfeasibleProblem(merged.least_costs(), merged.budgets)
     choice = _better(merged, answer.choice, known)
@@ -64,22 +73,20 @@ def solve_ilp(problem: Problem, deadline: float = 60.0, engine: str = "highs") -
     # An infeasible core means that no choice is better than the known one.
     bound = objective if answer.infeasible else answer.bound
     bound = min(objective, max(bound, known.bound if known else -math.inf))
-    proven = answer.infeasible or (answer.optimal and objective - bound <= _allowance(merged, options, objective))
+    proven = objective - bound <= allowance(merged, options, objective)
     prices = known.multipliers if known else {}
     status = "optimal" if proven else "feasible"
     return Solution(choice[members], objective, bound, "ilp", status, time.monotonic() - start, prices)
 
 
-def _useful(problem: Problem, known: Solution | None) -> npt.NDArray[np.bool_]:
-    """Bool [units, options]: options that a choice better than the known one may contain."""
-    if known is None:
-        return problem.allowed
+def useful(problem: Problem, known: Solution, cutoff: float) -> npt.NDArray[np.bool_]:
+    """Bool [units, options]: what a choice of at most the loss `cutoff` may contain, by the prices of a solution."""
     priced = problem.loss + sum(price * problem.costs[n] for n, price in known.multipliers.items())
     reduced = priced - priced.min(axis=1, keepdims=True)
-    margin = 1e-9 * max(abs(known.objective), abs(known.bound))
-    useful = reduced <= known.objective - known.bound + margin
-    useful[np.arange(problem.units), known.choice] = True
-    return useful
+    margin = 1e-9 * max(abs(cutoff), abs(known.bound))
+    kept = reduced <= cutoff - known.bound + margin
+    kept[np.arange(problem.units), known.choice] = True
+    return kept
 
 
 def _better(problem: Problem, choice: Choice | None, known: Solution | None) -> Choice | None:
@@ -94,39 +101,69 @@ def _scale(problem: Problem, options: npt.NDArray[np.bool_]) -> float:
     return float((high - low).max(initial=0.0)) or 1.0
 
 
-def _allowance(problem: Problem, options: npt.NDArray[np.bool_], objective: float) -> float:
+def allowance(problem: Problem, options: npt.NDArray[np.bool_], objective: float) -> float:
+    """How far below an optimum's loss the integer solver's bound may lie."""
     return 2 * _ACCURACY * _scale(problem, options) + 1e-12 * abs(objective)
 
 
-def _solved(problem: Problem, options: npt.NDArray[np.bool_], until: float, engine: str) -> _Answer:
-    """Solve the program over the given options; a choice over budget by a tolerance is solved again, tighter."""
+def solve_core(
+    problem: Problem,
+    options: npt.NDArray[np.bool_],
+    until: float,
+    engine: str = "highs",
+    excluded: Sequence[Choice] = (),
+) -> Answer:
+    """Solve the integer program over some of the options.
+
+    A choice that is over budget by less than the solver's tolerance is forbidden and the program solved again; where
+    there are many such, at last with tighter budgets, and then the bound is what was proven before.
+
+    Args:
+        problem: without ties and quadratic terms.
+        options: bool [units, options], at least one a unit.
+        until: on the clock of `time.monotonic`.
+        engine: "highs" or "cbc".
+        excluded: choices that are no answer ("no-good" cuts).
+    """
+    if (options.sum(axis=1) == 1).all():
+        return _only(problem, options, excluded)
     low = np.where(options, problem.loss, np.inf).min(axis=1)
     scale = _scale(problem, options)
-    tighter, first = 0.0, None
-    for _ in range(4):
+    cuts, bound = list(excluded), -math.inf
+    for tighter in _TIGHTER:
         left = until - time.monotonic()
         if left <= 0.05:
             break
         program, variables = _program(problem, options, (problem.loss - low[:, None]) / scale, tighter)
+        for choice in cuts:
+            _exclude(program, variables, options, choice)
         answer = _run(program, variables, engine, left, options)
-        first = first or answer
+        if not tighter:
+            bound = math.fsum(low) + scale * (answer.bound - _ACCURACY)
         if answer.choice is None or problem.feasible(answer.choice):
-            bound = math.fsum(low) + scale * (first.bound - _ACCURACY)
-            untouched = answer is first
-            return _Answer(answer.choice, bound, answer.optimal and untouched, answer.infeasible and untouched)
-        tighter = max(4 * tighter, 1e-7)
-    bound = -math.inf if first is None else math.fsum(low) + scale * (first.bound - _ACCURACY)
-    return _Answer(None, bound, False, False)
+            return Answer(answer.choice, bound, answer.infeasible and not tighter)
+        cuts.append(answer.choice)
+    return Answer(None, bound, False)
+
+
+def _only(problem: Problem, options: npt.NDArray[np.bool_], excluded: Sequence[Choice]) -> Answer:
+    """The answer where every unit has one option."""
+    choice = options.argmax(axis=1)
+    if not problem.feasible(choice) or any((choice == other).all() for other in excluded):
+        return Answer(None, -math.inf, True)
+    return Answer(choice, problem.objective(choice), False)
 
 
 def _program(
     problem: Problem, options: npt.NDArray[np.bool_], loss: Floats, tighter: float
 ) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp.LpVariable]]:
+    """The program over the units that have more than one option left; `loss` is 0 for the others."""
     program = pulp.LpProblem("allocation", pulp.LpMinimize)
-    keys = [(int(u), int(o)) for u, o in np.argwhere(options)]
+    free = np.flatnonzero(options.sum(axis=1) > 1)
+    keys = [(int(free[u]), int(o)) for u, o in np.argwhere(options[free])]
     x = {key: pulp.LpVariable(f"x_{key[0]}_{key[1]}", cat=pulp.LpBinary) for key in keys}
     program += pulp.LpAffineExpression([(x[key], float(loss[key])) for key in keys])
-    for unit in range(problem.units):
+    for unit in free.tolist():
         chosen = [(x[unit, int(o)], 1) for o in np.flatnonzero(options[unit])]
         program += pulp.LpAffineExpression(chosen) == 1
     for name, budget in problem.budgets.items():
@@ -139,14 +176,27 @@ def _program(
     return program, x
 
 
+def _exclude(
+    program: pulp.LpProblem,
+    variables: dict[tuple[int, int], pulp.LpVariable],
+    options: npt.NDArray[np.bool_],
+    choice: Choice,
+) -> None:
+    """Forbid one choice, unless options that are not there forbid it already."""
+    if not options[np.arange(len(options)), choice].all():
+        return
+    chosen = [(x, 1) for (unit, option), x in variables.items() if choice[unit] == option]
+    program += pulp.LpAffineExpression(chosen) <= len(chosen) - 1
+
+
 def _run(
     program: pulp.LpProblem,
     variables: dict[tuple[int, int], pulp.LpVariable],
     engine: str,
     seconds: float,
     options: npt.NDArray[np.bool_],
-) -> _Answer:
-    highs = pulp.HiGHS(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1)
+) -> Answer:
+    highs = pulp.HiGHS(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1, **_TOLERANCES)
     if engine == "highs" and highs.available():
         program.solve(highs)
         # PuLP calls a HiGHS run that timed out "Optimal": the bound is asked of HiGHS itself.
@@ -158,10 +208,10 @@ def _run(
     optimal = program.sol_status == pulp.LpSolutionOptimal
     infeasible = program.sol_status == pulp.LpSolutionInfeasible and program.status == pulp.LpStatusInfeasible
     if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        return _Answer(None, bound if math.isfinite(bound) else -math.inf, False, infeasible)
+        return Answer(None, bound if math.isfinite(bound) else -math.inf, infeasible)
     if math.isnan(bound):  # CBC tells no bound: its objective is one where it proved optimality
         bound = float(cast(float, pulp.value(program.objective))) if optimal else -math.inf
-    share = np.full(options.shape, -1.0)
+    share = np.where(options.sum(axis=1, keepdims=True) == 1, options, -1.0)
     for key, variable in variables.items():
         share[key] = variable.varValue or 0.0
-    return _Answer(share.argmax(axis=1), bound, optimal, False)
+    return Answer(share.argmax(axis=1), bound, False)

@@ -10,7 +10,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from qcompiler.solvers.certificate import dual_bound
-from qcompiler.solvers.descent import Descent
+from qcompiler.solvers.descent import NEAREST, polished
 from qcompiler.solvers.hull import affordable_steps, path
 from qcompiler.solvers.problem import (
     Choice,
@@ -48,8 +48,8 @@ def solve_lagrangian(problem: Problem, deadline: float = 60.0) -> Solution:
     if not merged.units:
         return Solution(np.zeros(0, np.intp), 0.0, 0.0, "lagrangian", "optimal", 0.0)
     prices, relaxed = _one_price(merged) if len(merged.budgets) == 1 else _prices(merged)
-    descent = Descent(merged, prices, start + deadline)
-    found = [descent.improve(c) for s in _starts(merged, descent, relaxed) if (c := descent.repair(s)) is not None]
+    tried = (polished(merged, prices, choice, start + deadline) for choice in _starts(merged, prices, relaxed))
+    found = [choice for choice in tried if choice is not None]
     if not found:
         raise NoChoiceFound(f"no feasible choice found ({InfeasibleProblem(least, merged.budgets)})")
     best = min(found, key=merged.objective)
@@ -67,12 +67,15 @@ def solve_lagrangian(problem: Problem, deadline: float = 60.0) -> Solution:
     )
 
 
-def _starts(problem: Problem, descent: Descent, relaxed: Choice) -> Iterator[Choice]:
+def _starts(problem: Problem, prices: Mapping[str, float], relaxed: Choice) -> Iterator[Choice]:
     yield relaxed
-    priced = problem.loss + descent.priced
-    yield priced.argmin(axis=1)
+    if problem.units > NEAREST:  # the others may be far from the budgets, where units are alike
+        return
+    yield (problem.loss + sum(price * problem.costs[name] for name, price in prices.items())).argmin(axis=1)
     if len(problem.budgets) > 1:  # the thriftiest over all resources: the likeliest to be feasible at all
-        share = np.einsum("r,rub->ub", 1 / descent.spread, descent.cost)
+        share = np.zeros(problem.loss.shape)
+        for name in problem.budgets:
+            share += problem.costs[name] / (float(np.ptp(problem.costs[name], axis=1).sum()) or 1.0)
         yield np.where(problem.allowed, share, np.inf).argmin(axis=1)
 
 
