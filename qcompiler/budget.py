@@ -7,6 +7,11 @@ stay float and are outside this average.
 
 *Bytes* are everything that is stored: planned and kept weights, and all other constants of the graph (biases,
 norms, shapes). Kept sites are inside.
+
+*Seconds* ("8ms") are the measured latency of one run of the artifact on this machine, of one sample, or of four at
+once for "8ms@4".
+
+*BOPs* ("1.2Gbops") are the bit operations of one sample, see `qcompiler.measure.bops` for the convention.
 """
 
 from __future__ import annotations
@@ -26,8 +31,8 @@ from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
 from qcompiler.plan import Plan, SitePlan
 
-Kind = Literal["bits", "bytes"]
-_UNITS: dict[str, tuple[Kind, int]] = {
+Kind = Literal["bits", "bytes", "seconds", "bops"]
+_UNITS: dict[str, tuple[Kind, int | Fraction]] = {
     **dict.fromkeys(("bits", "bit"), ("bits", 1)),
     **dict.fromkeys(("bytes", "B"), ("bytes", 1)),
     **dict.fromkeys(("kB", "KB", "kb"), ("bytes", 10**3)),
@@ -36,11 +41,19 @@ _UNITS: dict[str, tuple[Kind, int]] = {
     "KiB": ("bytes", 2**10),
     "MiB": ("bytes", 2**20),
     "GiB": ("bytes", 2**30),
+    "s": ("seconds", 1),
+    "ms": ("seconds", Fraction(1, 10**3)),
+    "us": ("seconds", Fraction(1, 10**6)),
+    **dict.fromkeys(("bops", "BOPs", "BOPS"), ("bops", 1)),
+    **dict.fromkeys(("kbops", "kBOPs", "Kbops"), ("bops", 10**3)),
+    **dict.fromkeys(("Mbops", "MBOPs", "MBOPS"), ("bops", 10**6)),
+    **dict.fromkeys(("Gbops", "GBOPs", "GBOPS"), ("bops", 10**9)),
+    **dict.fromkeys(("Tbops", "TBOPs", "TBOPS"), ("bops", 10**12)),
 }
 GRID_BYTES = 5  # of a static activation: a float32 scale and a uint8 zero point
-_TIMES = ("s", "ms", "us", "ns")
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?|[+-]?nan|[+-]?inf)\s*([A-Za-z@]*.*?)\s*")
-_HOW = "write bits per weight (3.5bits) or a size (120MB, 120MiB)"
+_BATCH = re.compile(r"[1-9][0-9]{0,5}")
+_HOW = "write bits per weight (3.5bits), a size (120MB, 120MiB), a latency (8ms) or bit operations (1.2Gbops)"
 
 
 @dataclass(frozen=True)
@@ -49,55 +62,72 @@ class Budget:
 
     Attributes:
         text: as written.
-        kind: "bits" (average per weight) or "bytes" (everything stored).
-        amount: in bits or bytes.
-        unit: as written: "bits", "MB", ...
+        kind: "bits" (average per weight), "bytes" (everything stored), "seconds" (of a run), "bops" (of a sample).
+        amount: in bits, bytes, seconds or bit operations.
+        unit: as written: "bits", "MB", "ms", ...
+        batch: samples of the run that may take `amount` seconds; 1 for all other kinds.
     """
 
     text: str
     kind: Kind
     amount: Fraction
     unit: str
+    batch: int = 1
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is about what is stored, which needs no measurement and no data."""
+        return self.kind in ("bits", "bytes")
+
+    @property
+    def resource(self) -> str:
+        """What it is about, by the name that solvers know: the kind, or "seconds@4"."""
+        return self.kind if self.batch == 1 else f"{self.kind}@{self.batch}"
 
     def spent(self, bits: int, weights: int, size: int) -> Fraction:
-        """How much of this kind a model takes.
+        """How much of this kind a model takes, for a budget about what is `stored`.
 
         Args:
             bits: stored for the weights in the average.
             weights: how many these are.
             size: bytes of everything stored.
         """
+        assert self.stored
         return Fraction(bits, weights or 1) if self.kind == "bits" else Fraction(size)
 
     def show(self, amount: Fraction) -> str:
         """An amount in this budget's unit, rounded up so that what is shown would suffice."""
-        scaled = amount / _UNITS[self.unit][1]
-        digits = 4 if self.kind == "bits" else max(0, 6 - len(str(int(scaled))))
-        if _UNITS[self.unit][1] == 1 and self.kind == "bytes":
+        scaled = Fraction(amount) / _UNITS[self.unit][1]
+        digits = 4 if self.kind == "bits" else max(0, (4 if self.kind == "seconds" else 6) - len(str(int(scaled))))
+        if _UNITS[self.unit][1] == 1 and self.kind in ("bytes", "bops"):
             digits = 0
-        return f"{math.ceil(scaled * 10**digits) / 10**digits:.{digits}f}{self.unit}"
+        batch = "" if self.batch == 1 else f"@{self.batch}"
+        return f"{math.ceil(scaled * 10**digits) / 10**digits:.{digits}f}{self.unit}{batch}"
 
     def __str__(self) -> str:
         return self.text
 
 
 def parse_budget(text: str) -> Budget:
-    """Read "3.5bits", "120MB", "120MiB", "89.9e6B".
+    """Read "3.5bits", "120MB", "120MiB", "89.9e6B", "8ms", "8ms@4" (four samples in a run), "1.2Gbops".
 
-    A lone "b" is refused, as it may mean bits or bytes; times are refused, as no target can predict them yet.
+    A lone "b" is refused, as it may mean bits or bytes.
     """
     match = _NUMBER.fullmatch(text) if len(text) < 64 else None
     if match is None:
         raise BadOption(f"budget '{text[:64]}' is not an amount", "--budget", _HOW)
-    number, unit = match.groups()
-    if unit.partition("@")[0] in _TIMES:
-        raise BadOption(f"budget '{text}' is a time, which is not supported", "--budget", f"{_HOW} instead")
+    number, suffix = match.groups()
+    unit, at, batch = suffix.partition("@")
     if unit not in _UNITS:
         raise BadOption(f"budget '{text}' has no known unit", "--budget", _HOW)
+    kind, scale = _UNITS[unit]
+    if at and kind != "seconds":
+        raise BadOption(f"budget '{text}' has samples behind '@', which only a latency takes", "--budget", _HOW)
+    if at and not _BATCH.fullmatch(batch):
+        raise BadOption(f"budget '{text}' has no number of samples behind '@'", "--budget", f"{_HOW}; as in 8ms@4")
     if not (math.isfinite(float(number)) and float(number) > 0):
         raise BadOption(f"budget '{text}' is not a positive amount", "--budget", _HOW)
-    kind, scale = _UNITS[unit]
-    return Budget(text.strip(), kind, Fraction(number) * scale, unit)
+    return Budget(text.strip(), kind, Fraction(number) * scale, unit, int(batch) if at else 1)
 
 
 def kept_sites(sites: Sequence[Site], patterns: Iterable[str]) -> tuple[str, ...]:

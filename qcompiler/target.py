@@ -67,7 +67,8 @@ class Backend(Protocol):
     ("float", "static" or "dynamic": what its candidates should ask for) and a field `ties` ("none", "inputs" or
     "adds": which sites must share one plan, see `graph.topology.tie_groups`), and an attribute `program_bytes`: the
     resident bytes beyond the compiler's own, on a model of a few kB, of its toolchain in this process and of the fresh
-    process that runs its files to verify them, together.
+    process that runs its files to verify them, together. It may have a method `clock` that returns what times its
+    kernels one by one on this machine (`measure.latency.Clock`): then it takes budgets in seconds.
     """
 
     @property

@@ -36,6 +36,13 @@ from qcompiler.plan import Plan, SitePlan
         ("89.9e6B", "bytes", 89_900_000),
         ("64kB", "bytes", 64_000),
         ("10bytes", "bytes", 10),
+        ("8ms", "seconds", Fraction(8, 1000)),
+        ("2.5 s", "seconds", Fraction(5, 2)),
+        ("900us", "seconds", Fraction(9, 10_000)),
+        ("8ms@4", "seconds", Fraction(8, 1000)),
+        ("1.2Gbops", "bops", 12 * 10**8),
+        ("300MBOPs", "bops", 3 * 10**8),
+        ("7bops", "bops", 7),
     ],
 )
 def test_budgets_are_read_exactly(text: str, kind: str, amount: Fraction) -> None:
@@ -47,8 +54,14 @@ def test_budgets_are_read_exactly(text: str, kind: str, amount: Fraction) -> Non
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("8ms", "a time, which is not supported"),
-        ("8ms@cpu", "a time, which is not supported"),
+        ("8ms@cpu", "no number of samples"),
+        ("8ms@", "no number of samples"),
+        ("8ms@0", "no number of samples"),
+        ("8ms@-1", "no number of samples"),
+        ("8MB@2", "only a latency"),
+        ("1Gbops@2", "only a latency"),
+        ("8ns", "no known unit"),
+        ("0ms", "not a positive amount"),
         ("3.5b", "no known unit"),
         ("120Mb", "no known unit"),
         ("4", "no known unit"),
@@ -79,11 +92,25 @@ def test_what_is_no_budget_says_why_and_what_to_write(text: str, reason: str) ->
         ("1MB", Fraction(1_234_567), "1.23457MB"),
         ("1B", Fraction(1_234_567), "1234567B"),
         ("1MiB", Fraction(2**20 * 100 + 1), "100.001MiB"),
+        ("1ms", Fraction(123_456, 10**7), "12.35ms"),
+        ("1us", Fraction(123_456, 10**7), "12346us"),
+        ("8ms@4", Fraction(1, 1000), "1.000ms@4"),
+        ("1Gbops", Fraction(1_234_567_891), "1.23457Gbops"),
+        ("1bops", Fraction(12), "12bops"),
     ],
 )
 def test_amounts_are_shown_rounded_up(text: str, amount: Fraction, shown: str) -> None:
     assert parse_budget(text).show(amount) == shown
     assert parse_budget(shown).amount >= amount
+
+
+@pytest.mark.parametrize(("text", "resource", "stored"), [
+    ("3bits", "bits", True), ("1MB", "bytes", True), ("8ms", "seconds", False), ("8ms@4", "seconds@4", False),
+    ("1Gbops", "bops", False),
+])  # fmt: skip
+def test_budgets_of_one_resource_have_one_name(text: str, resource: str, stored: bool) -> None:
+    budget = parse_budget(text)
+    assert (budget.resource, budget.stored) == (resource, stored)
 
 
 def small_model() -> Model:

@@ -14,10 +14,11 @@ import onnx_ir as ir
 
 from qcompiler.backends.tvm.conv_sites import FIXED_PADS
 from qcompiler.backends.tvm.layout import LONGEST_GROUP
-from qcompiler.errors import BadModel, MissingExtra, PassRefused
+from qcompiler.errors import BackendUnavailable, BadModel, MissingExtra, PassRefused
 from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec, UInt
 from qcompiler.graph.functions import QUANTIZE_ROWS
 from qcompiler.graph.sites import Site, find_sites
+from qcompiler.measure.latency import Clock
 from qcompiler.model import Model
 from qcompiler.plan import SitePlan
 from qcompiler.progress import Progress
@@ -120,6 +121,22 @@ class CpuBackend:
         shown = {key: facts[key] for key in ("packed", "kernels", "dot", "target")}
         tolerance = ROUNDED if _rounds_activations(model.ir) else EXACT
         return Compiled((LIBRARY, WEIGHTS, FACTS, RUNTIME), tolerance, shown)
+
+    def clock(self) -> Clock:
+        """Times this target's kernels on this machine.
+
+        Raises:
+            MissingExtra: TVM is not installed.
+            BackendUnavailable: the target is another CPU than this machine's.
+        """
+        self.require()
+        from qcompiler.backends.tvm.build import has_vnni, host_target
+        from qcompiler.backends.tvm.timing import CpuClock
+
+        target = host_target()
+        if self.cpu and str(host_target(self.cpu)) != str(target):
+            raise BackendUnavailable(f"no time can be measured for {self.cpu} here", "target cpu", "compile there")
+        return CpuClock(target, "vnni" if has_vnni(target) else "portable")
 
     def load(self, folder: Path) -> Runnable:
         """Load an artifact with the same loader that lies in its folder."""

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qcompiler.backends.tvm.geometry import Geometry
 from qcompiler.graph.functions import PackedWeight
+from qcompiler.graph.sites import Site
 
 FIXED_PADS = ("NOTSET", "VALID", "")  # values of auto_pad that don't depend on the input
 
@@ -33,7 +34,7 @@ def conv_problem(node: ir.Node, weight: PackedWeight) -> str | None:
     return None
 
 
-def geometry_of(node: ir.Node, weight: PackedWeight) -> tuple[Geometry, Spatial]:
+def geometry_of(node: ir.Node, weight: PackedWeight | Site) -> tuple[Geometry, Spatial]:
     """Geometry of the kernel (two-dimensional) and the node's own attributes."""
     kernel = weight.shape[2:]
     rank = len(kernel)

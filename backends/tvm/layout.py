@@ -11,13 +11,13 @@ padded to whole 64-byte words of its narrowest plane, so ragged groups and odd s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.formats import QTensor
+from qcompiler.formats import QTensor, QuantSpec
 from qcompiler.formats.packing import pack, pack_plane, plane_widths
 
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -84,12 +84,19 @@ class Tiling:
 
 def tiling_of(weight: QTensor) -> Tiling:
     """The tiling of a quantized matrix; groups longer than an int32 sum allows are split."""
-    rows, columns = weight.shape
-    group = min(weight.spec.granularity.group_size(columns), columns)
-    if group > LONGEST_GROUP:
-        assert weight.scale.shape[1] == 1 or group % LONGEST_GROUP == 0
-        group = LONGEST_GROUP
-    return Tiling(rows, columns, weight.spec.bits, group, weight.zero is not None, weight.spec.scale_dtype)
+    t = tiling_for(weight.spec, *weight.shape)
+    assert weight.scale.shape[1] == 1 or _own_group(weight.spec, t.columns) % t.group == 0
+    return replace(t, zeros=weight.zero is not None)
+
+
+def tiling_for(spec: QuantSpec, rows: int, columns: int) -> Tiling:
+    """The tiling that any matrix [rows, columns] of this format gets."""
+    group = min(_own_group(spec, columns), LONGEST_GROUP)
+    return Tiling(rows, columns, spec.bits, group, not spec.symmetric, spec.scale_dtype)
+
+
+def _own_group(spec: QuantSpec, columns: int) -> int:
+    return min(spec.granularity.group_size(columns), columns)
 
 
 def tile(weight: QTensor, t: Tiling, row_sums: bool = False) -> Arrays:

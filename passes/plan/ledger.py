@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from qcompiler.budget import GRID_BYTES, Budget, bits_per_weight, float_bits, other_bytes, stored_bytes, weight_bits
@@ -14,6 +14,19 @@ from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Menu
 from qcompiler.passes.round.quantized_values import choose_values
 from qcompiler.solvers.problem import Problem, separable
+
+
+@dataclass(frozen=True)
+class Priced:
+    """What the options cost of something that is not stored: seconds, bit operations.
+
+    Attributes:
+        costs: per menu and option.
+        fixed: what the rest of the model costs, whatever is decided.
+    """
+
+    costs: Sequence[Sequence[float]]
+    fixed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class Ledger:
         fixed_bytes: everything else that is stored: those weights, kept sites, all other constants.
         floats: (site, bytes) of the weights in the average that stay float.
         others: (what, bytes) of the rest of the fixed part.
+        priced: what options cost of other resources, by `Budget.resource`; needed for budgets that are not `stored`.
     """
 
     menus: tuple[Menu, ...]
@@ -35,6 +49,7 @@ class Ledger:
     fixed_bytes: int
     floats: tuple[tuple[str, int], ...]
     others: tuple[tuple[str, int], ...]
+    priced: Mapping[str, Priced] = field(default_factory=dict[str, Priced])
 
     @staticmethod
     def of(model: Model, sites: Sequence[Site], menus: Sequence[Menu], kept: Sequence[str]) -> Ledger:
@@ -58,25 +73,42 @@ class Ledger:
             tuple(others),
         )
 
+    def with_prices(self, priced: Mapping[str, Priced]) -> Ledger:
+        """The same with costs of further resources, which replace those known of the same resources."""
+        return replace(self, priced={**self.priced, **priced})
+
     def costs(self) -> dict[str, list[list[float]]]:
-        """Exact costs of every option in both resources."""
+        """Costs of every option in all resources; exact for bits and bytes."""
         bits = [m.bits() for m in self.menus]
         return {
             "bits": [[float(b) for b in row] for row in bits],
             "bytes": [[float(-(-b // 8)) for b in row] for row in bits],
+            **{name: [list(row) for row in priced.costs] for name, priced in self.priced.items()},
         }
 
+    def fixed(self, budget: Budget) -> float:
+        """What is spent whatever is decided."""
+        if not budget.stored:
+            return self.priced[budget.resource].fixed
+        return float(self.fixed_bits if budget.kind == "bits" else self.fixed_bytes)
+
     def room(self, budgets: Sequence[Budget]) -> dict[str, float]:
-        """What the budgets leave for the options, the tightest of each kind; whole bits and bytes."""
+        """What the budgets leave for the options, the tightest of each resource; whole bits and bytes."""
         room: dict[str, float] = {}
         for budget in budgets:
-            if budget.kind == "bits":
-                left = math.floor(budget.amount * self.weights) - self.fixed_bits
-            else:
-                left = math.floor(budget.amount) - self.fixed_bytes
-            # No budget needs more room than the dearest options take; floats stay exact below 2^53.
-            room[budget.kind] = min(room.get(budget.kind, 2.0**52), float(min(left, 2**52)))
+            name = budget.resource
+            room[name] = min(room.get(name, math.inf), self._left(budget))
         return room
+
+    def _left(self, budget: Budget) -> float:
+        if not budget.stored:
+            return float(budget.amount) - self.priced[budget.resource].fixed
+        if budget.kind == "bits":
+            left = math.floor(budget.amount * self.weights) - self.fixed_bits
+        else:
+            left = math.floor(budget.amount) - self.fixed_bytes
+        # No budget needs more room than the dearest options take; floats stay exact below 2^53.
+        return float(min(left, 2**52))
 
     def average(self, bits: float) -> float:
         """Bits per weight when the options take `bits`."""
@@ -93,18 +125,23 @@ class Ledger:
         blank = [[0.0] * len(m.plans) for m in self.menus]
         least = separable(self.problem(blank, budgets, ties))[0].least_costs()
         for budget in budgets:
-            needed = int(least[budget.kind]) + (self.fixed_bits if budget.kind == "bits" else self.fixed_bytes)
-            smallest = Fraction(needed, self.weights or 1) if budget.kind == "bits" else Fraction(needed)
-            if smallest > budget.amount:
+            if least[budget.resource] > self._left(budget):
+                needed = Fraction(least[budget.resource]) + Fraction(self.fixed(budget))
+                smallest = needed / (self.weights or 1) if budget.kind == "bits" else needed
                 fix = (
                     f"the smallest feasible budget is {budget.show(smallest)}; most room takes {self._largest(budget)}"
                 )
                 raise BudgetInfeasible(f"the budget {budget} cannot be met", fix=fix)
 
     def _largest(self, budget: Budget) -> str:
-        least = [(m.site.name, min(m.bits()) // 8) for m in self.menus]
-        counted = [*least, *self.floats, *(self.others if budget.kind == "bytes" else ())]
-        largest = sorted(counted, key=lambda item: -item[1])[:3]
+        if not budget.stored:
+            priced = self.priced[budget.resource]
+            least = [(m.site.name, min(row)) for m, row in zip(self.menus, priced.costs, strict=True)]
+            counted = sorted([*least, ("what no format changes", priced.fixed)], key=lambda item: -item[1])
+            return ", ".join(f"{name} ({budget.show(Fraction(cost))})" for name, cost in counted[:3])
+        sizes = [(m.site.name, min(m.bits()) // 8) for m in self.menus]
+        stored = [*sizes, *self.floats, *(self.others if budget.kind == "bytes" else ())]
+        largest = sorted(stored, key=lambda item: -item[1])[:3]
         return ", ".join(f"{name} ({_size(size)})" for name, size in largest)
 
 
@@ -122,10 +159,10 @@ def _size(count: int) -> str:
 
 
 def assert_within(model: Model, budgets: Sequence[Budget]) -> tuple[float, int]:
-    """(bits per weight, stored bytes) of the model's plan, counted anew; ContractViolated if over a budget."""
+    """(bits per weight, stored bytes) of the model's plan, counted anew; ContractViolated if over such a budget."""
     bits, weights = weight_bits(model)
     size = stored_bytes(model)
-    for budget in budgets:
+    for budget in (b for b in budgets if b.stored):
         amount = budget.spent(bits, weights, size)
         if amount > budget.amount:
             raise ContractViolated(f"the plan stores {budget.show(amount)}, more than {budget}", "allocate")

@@ -98,7 +98,7 @@ class EqualizeActivations(Pass):
 def _room(sites: Sequence[Site], budget: Sequence[str]) -> float:
     """1 where weights get 8 bits or more, 0 where they get 4 or less."""
     count = max(1, sum(site.count for site in sites))
-    amounts = [parse_budget(text) for text in budget]
+    amounts = [b for b in map(parse_budget, budget) if b.stored]
     bits = [float(b.amount if b.kind == "bits" else 8 * b.amount / count) for b in amounts]
     return float(np.clip((min(bits, default=8.0) - 4) / 4, 0, 1))
 

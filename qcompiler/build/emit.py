@@ -88,7 +88,7 @@ def _warn_if_over(lowering: Lowering, budgets: Sequence[str], progress: Progress
     assert lowering.lowered is not None
     bits, weights = weight_bits(lowering.rounded)
     size = lowered_bytes(lowering.lowered.ir)
-    for budget in (parse_budget(text) for text in budgets):
+    for budget in (b for b in map(parse_budget, budgets) if b.stored):
         amount = budget.spent(bits, weights, size)
         if amount > budget.amount:
             progress.note(f"the result stores {budget.show(amount)}, more than {budget}: a pass changed the plan later")

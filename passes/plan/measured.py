@@ -1,0 +1,225 @@
+"""Budgets in seconds and bit operations: what the options cost, and whether the chosen ones keep to it in truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from qcompiler.budget import Budget
+from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused
+from qcompiler.graph.sites import Site
+from qcompiler.measure.bops import site_bops, site_macs
+from qcompiler.measure.latency import Times, clock_of
+from qcompiler.measure.shapes import site_shapes
+from qcompiler.model import Model
+from qcompiler.passes.plan.ledger import Ledger, Priced
+from qcompiler.passes.plan.trial import Feeds, trial_seconds
+from qcompiler.plan import Plan
+from qcompiler.progress import Progress
+from qcompiler.solvers.problem import Choice, Solution, separable
+from qcompiler.target import Backend
+
+Solve = Callable[[Ledger, Sequence[Budget]], Solution]
+Ties = Sequence[tuple[int, ...]]
+_TRIES = 3  # artifacts built to meet a latency
+_STEPS = 12  # of the search for the fewest bit operations at a given loss: 1/4096 of the range
+
+
+@dataclass
+class Measured:
+    """Prices the options of a ledger, and holds solutions against the clock.
+
+    Attributes:
+        model: float, with calibration data; its cache keeps the times.
+        backend: the target.
+        sites: all of the model.
+        budgets: all that hold; those that are `stored` need nothing of this.
+        progress: what long work reports to.
+        facts: for the report, filled on the way; empty if every budget is stored.
+    """
+
+    model: Model
+    backend: Backend
+    sites: Sequence[Site]
+    budgets: Sequence[Budget]
+    progress: Progress
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    _trials: dict[tuple[str, tuple[int, ...]], float] = field(default_factory=dict[tuple[str, tuple[int, ...]], float])
+
+    @property
+    def timed(self) -> list[Budget]:
+        """The budgets in seconds, the tightest of each batch size."""
+        tightest: dict[str, Budget] = {}
+        for budget in sorted(self.budgets, key=lambda b: b.amount):
+            if budget.kind == "seconds":
+                tightest.setdefault(budget.resource, budget)
+        return list(tightest.values())
+
+    def price(self, ledger: Ledger, ties: Ties) -> Ledger:
+        """The ledger with the costs that its budgets need.
+
+        Raises:
+            BadOption: the target cannot measure times, or the data and the model do not allow the batch.
+            PassRefused: there is no data.
+        """
+        if all(budget.stored for budget in self.budgets):
+            return ledger
+        ledger = ledger.with_prices({"bops": self._bops(ledger)})
+        for budget in self.timed:
+            ledger = ledger.with_prices({budget.resource: self._seconds(ledger, budget, ties)})
+        return ledger
+
+    def confirm(self, ledger: Ledger, solution: Solution, solve: Solve) -> tuple[Ledger, Solution]:
+        """Build the chosen artifact and time it; where it is too slow, correct the fixed part and solve again.
+
+        Args:
+            ledger: as `price` made it.
+            solution: of its problem.
+            solve: solves a ledger's problem within budgets; raises BudgetInfeasible.
+
+        Returns:
+            The solution of least loss whose artifact is fast enough, else the one that is least too slow, and the
+            ledger with the fixed part as measured on it.
+        """
+        if not self.timed:
+            return ledger, solution
+        tried: list[tuple[float, float, Ledger, Solution]] = []
+        for _ in range(_TRIES):
+            ledger, over = self._try(ledger, solution)
+            tried.append((max(over, 0.0), solution.objective, ledger, solution))
+            if over <= 0:
+                break
+            try:
+                solution = solve(ledger, self.budgets)
+            except BudgetInfeasible:
+                break
+            if any(np.array_equal(solution.choice, other.choice) for *_, other in tried):
+                break
+        over, _, ledger, solution = min(tried, key=lambda item: item[:2])
+        self._judge(over)
+        self._compare(ledger, solution, solve)
+        return ledger, solution
+
+    def seconds(self, ledger: Ledger, choices: Sequence[Choice], budget: Budget) -> list[float]:
+        """Measured seconds of the artifacts of some choices, timed in turns."""
+        plans = [_plan(ledger, choice) for choice in choices]
+        return trial_seconds(self.model, plans, self.backend, self._feeds(budget.batch), self.progress)
+
+    def _bops(self, ledger: Ledger) -> Priced:
+        shapes = site_shapes(self.model.ir, self.sites, self._feeds(1))
+        macs = {site.name: site_macs(site, shapes) for site in self.sites}
+        decided = {m.site.name for m in ledger.menus}
+        costs = [[float(site_bops(m.site, plan, macs[m.site.name])) for plan in m.plans] for m in ledger.menus]
+        rest = sum(site_bops(site, None, macs[site.name]) for site in self.sites if site.name not in decided)
+        return Priced(costs, float(rest))
+
+    def _seconds(self, ledger: Ledger, budget: Budget, ties: Ties) -> Priced:
+        """Measured costs; the fixed part is that of the fastest artifact."""
+        clock = clock_of(self.backend)
+        if clock is None:
+            what = f"target {self.backend.name} cannot measure times, which the budget {budget} needs"
+            raise BadOption(what, "--budget", "use --target cpu, or a budget in bits, bytes or bit operations")
+        feeds, menus = self._feeds(budget.batch), ledger.menus
+        shapes = site_shapes(self.model.ir, [m.site for m in menus], feeds)
+        times = Times(clock, self.model.cache)
+        table = times.table([m.site for m in menus], [m.plans for m in menus], shapes, self.progress)
+        fastest = _fastest(ledger.with_prices({budget.resource: Priced(table)}), budget, ties)
+        parts = _sum(table, fastest)
+        whole = self.seconds(ledger, [fastest], budget)[0]
+        fixed = max(0.0, whole - parts)
+        self.facts[budget.resource] = {"budget": float(budget.amount), "fastest": whole, "fixed": fixed, "tries": []}
+        self.progress.note(
+            f"allocate: the fastest formats take {budget.show(Fraction(whole))}, "
+            f"{budget.show(Fraction(fixed))} of it whatever the formats"
+        )
+        return Priced(table, fixed)
+
+    def _try(self, ledger: Ledger, solution: Solution) -> tuple[Ledger, float]:
+        """Time a solution: (the ledger with fixed parts that fit it, the largest share over a budget)."""
+        over = -1.0
+        for budget in self.timed:
+            priced = ledger.priced[budget.resource]
+            parts = _sum(priced.costs, solution.choice)
+            whole = self.seconds(ledger, [solution.choice], budget)[0]
+            predicted = priced.fixed + parts
+            row = {"predicted": predicted, "measured": whole, "error": predicted / whole - 1}
+            self.facts[budget.resource]["tries"].append(row)
+            ledger = ledger.with_prices({budget.resource: Priced(priced.costs, max(0.0, whole - parts))})
+            over = max(over, whole / float(budget.amount) - 1)
+        return ledger, over
+
+    def _judge(self, over: float) -> None:
+        for budget in self.timed:
+            first = self.facts[budget.resource]["tries"][0]
+            self.progress.note(
+                f"allocate: {budget} measured as {budget.show(Fraction(first['measured']))} where the sum of parts "
+                f"predicts {budget.show(Fraction(first['predicted']))} ({first['error']:+.1%})"
+            )
+        if over > 0:
+            self.progress.note(f"allocate: no artifact kept to the latency; the best takes {over:.1%} more")
+
+    def _compare(self, ledger: Ledger, solution: Solution, solve: Solve) -> None:
+        """Time the allocation by bit operations at equal predicted loss beside the solution, and say who is faster."""
+        other = self._fewest_bops(ledger, solution, solve)
+        for budget in self.timed:
+            own, theirs = self.seconds(ledger, [solution.choice, other.choice], budget)
+            self.facts[budget.resource] |= {
+                "measured": own, "by_bops": theirs, "loss": solution.objective, "loss_by_bops": other.objective,
+                "faster_than_by_bops": own < theirs,
+            }  # fmt: skip
+            how = "faster than" if own < theirs else "NOT faster than"
+            self.progress.note(
+                f"allocate: {how} the allocation by bit operations at equal predicted loss "
+                f"({budget.show(Fraction(own))} against {budget.show(Fraction(theirs))})"
+            )
+
+    def _fewest_bops(self, ledger: Ledger, solution: Solution, solve: Solve) -> Solution:
+        """The solution of fewest bit operations that predicts no more loss, within the budgets that are stored."""
+        stored = [budget for budget in self.budgets if budget.stored]
+        costs, fixed = ledger.priced["bops"].costs, ledger.priced["bops"].fixed
+        low, high = fixed + sum(min(row) for row in costs), fixed + sum(max(row) for row in costs)
+        best = solution
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            try:
+                found = solve(ledger, [*stored, Budget("by bops", "bops", Fraction(middle), "bops")])
+            except BudgetInfeasible:
+                low = middle
+                continue
+            if found.objective <= solution.objective:
+                best, high = found, middle
+            else:
+                low = middle
+        return best
+
+    def _feeds(self, batch: int) -> Feeds:
+        """Inputs of one run of so many samples."""
+        data = self.model.calibration
+        if data is None:
+            raise PassRefused("budgets in seconds and bit operations need calibration data", self.model.name)
+        block = data.blocks[0]
+        width = block.step or (1 if block.layout != "batched" else batch)
+        if batch > 1 and (width != batch or block.count < batch):
+            reason = f"a run takes {width}" if width != batch else f"there are only {block.count}"
+            what = f"a latency of {batch} samples at once cannot be measured: {reason}"
+            raise BadOption(what, "--budget", "write a latency without '@', or give more samples")
+        return next(data.batches(batch, batch))
+
+
+def _plan(ledger: Ledger, choice: Choice) -> Plan:
+    return Plan({m.site.name: m.plans[int(o)] for m, o in zip(ledger.menus, choice, strict=True)})
+
+
+def _fastest(ledger: Ledger, budget: Budget, ties: Ties) -> Choice:
+    """The fastest option of each menu, ties kept."""
+    blank = [[0.0] * len(m.plans) for m in ledger.menus]
+    merged, members = separable(ledger.problem(blank, [budget], ties))
+    return np.where(merged.allowed, merged.costs[budget.resource], np.inf).argmin(axis=1)[members]
+
+
+def _sum(costs: Sequence[Sequence[float]], choice: Choice) -> float:
+    return sum(row[int(o)] for row, o in zip(costs, choice, strict=True))
