@@ -19,7 +19,7 @@ from qcompiler.calibration import Calibration
 from qcompiler.formats import QuantSpec
 from qcompiler.graph.sites import Site
 from qcompiler.measure.cache import Cache
-from qcompiler.measure.experiment import Menus, Option, weight_format
+from qcompiler.measure.experiment import Menus, weight_formats
 from qcompiler.measure.loss import PARTS, Kind, Reference
 from qcompiler.measure.quantized import QuantizedWeights
 from qcompiler.measure.samples import choose_samples
@@ -70,8 +70,7 @@ class TrueLoss:
         kinds: Mapping[str, Kind] | None = None,
         memory: int = 1 << 29,
     ) -> None:
-        rows = [candidates[s.name] for s in sites] if isinstance(candidates, Mapping) else list(candidates)
-        self._specs, self._numbers = _unique(rows)
+        self._specs, self._numbers = _unique(weight_formats(sites, candidates))
         self._sites, self._kinds, self._cache = tuple(sites), kinds, model.cache
         self._chain = Segments(model.ir)
         own = calibration_of(model) if data is None else data
@@ -84,6 +83,11 @@ class TrueLoss:
         self._here = [[i for i, s in enumerate(sites) if s.weight.name in segment.weights] for segment in self._chain]
         self._ready: dict[int, tuple[Boundary, Reference]] = {}
         self._known: dict[tuple[int, _Key], Floats] = {}
+
+    @property
+    def sites(self) -> int:
+        """Length of an assignment."""
+        return len(self._sites)
 
     def loss(self, assignment: Assignment) -> float:
         """Loss of one assignment: mean KL of a row in nats, or normalised squared error, summed over the outputs.
@@ -202,15 +206,12 @@ def held_back(model: Model, used: int) -> Calibration | None:
     return rest if rest.count >= PARTS else None
 
 
-def _unique(rows: Sequence[Sequence[Option]]) -> tuple[list[list[QuantSpec]], list[list[int]]]:
+def _unique(rows: Sequence[Sequence[QuantSpec | None]]) -> tuple[list[list[QuantSpec]], list[list[int]]]:
     """For each site its different formats, and the number of each candidate among them (FLOAT for none)."""
-    specs: list[list[QuantSpec]] = []
-    numbers: list[list[int]] = []
-    for row in rows:
-        formats = [weight_format(option) for option in row]
-        different = list(dict.fromkeys(spec for spec in formats if spec is not None))
-        specs.append(different)
-        numbers.append([FLOAT if spec is None else different.index(spec) for spec in formats])
+    specs = [list(dict.fromkeys(spec for spec in row if spec is not None)) for row in rows]
+    numbers = [
+        [FLOAT if spec is None else known.index(spec) for spec in row] for row, known in zip(rows, specs, strict=True)
+    ]
     return specs, numbers
 
 
