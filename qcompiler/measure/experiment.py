@@ -87,9 +87,7 @@ class Experiment:
         samples: int | None = None,
         kinds: Mapping[str, Kind] | None = None,
     ) -> None:
-        rows = [candidates[s.name] for s in sites] if isinstance(candidates, Mapping) else list(candidates)
-        self.sites = tuple(sites)
-        self.specs = tuple(tuple(weight_format(option) for option in row) for row in rows)
+        self.sites, self.specs = tuple(sites), weight_formats(sites, candidates)
         self.chain, data = Segments(model.ir), calibration_of(model)
         chosen = choose_samples(self.chain, data, sites, samples, kinds)
         self.samples = chosen.used
@@ -117,6 +115,7 @@ class Experiment:
         return [place[site.name] for site in self.sites]
 
 
-def weight_format(option: Option) -> QuantSpec | None:
-    """The format of the weight; None for float."""
-    return option.weight if isinstance(option, SitePlan) else option
+def weight_formats(sites: Sequence[Site], candidates: Menus) -> tuple[tuple[QuantSpec | None, ...], ...]:
+    """For each site the formats of its weight; of a SitePlan only the weight counts, None is float."""
+    rows = [candidates[s.name] for s in sites] if isinstance(candidates, Mapping) else list(candidates)
+    return tuple(tuple(o.weight if isinstance(o, SitePlan) else o for o in row) for row in rows)

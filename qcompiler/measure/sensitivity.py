@@ -12,7 +12,7 @@ loss[b] = loss[anchor] * error[b] / error[anchor].
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from scipy.optimize import isotonic_regression
 from qcompiler.formats import QuantSpec
 from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import Site
-from qcompiler.measure.experiment import Experiment, Menus, Store
+from qcompiler.measure.experiment import Experiment, Menus, Store, weight_formats
 from qcompiler.measure.experiment import Option as Option
 from qcompiler.measure.loss import PARTS, Kind, Reference
 from qcompiler.measure.probes import Probes
@@ -34,7 +34,7 @@ from qcompiler.progress import Progress, Silent
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
-Mode = Literal["full", "anchor"]
+Mode = Literal["full", "anchor", "fisher", "trace", "masked", "proxy"]
 Effort = Literal["auto", "full", "anchor"]
 _TRIAL = 1 << 17  # weights that are fitted to see how long fitting takes
 
@@ -49,7 +49,8 @@ class Sensitivity:
         loss: for each site float64 [candidates]: KL in nats, or normalised squared error, summed over outputs.
         noise: for each site float64 [candidates]: standard error of `loss` over disjoint parts of the data.
         sketches: for each site float32 [candidates, width]; products are the Gauss-Newton cross terms.
-        mode: "full", or "anchor" where most candidates were extrapolated.
+        mode: "full", or "anchor" where most candidates were extrapolated; or how else the losses were made
+            (`curvature`, `masked`, `proxy`), in units that differ from method to method.
         kinds: by output, what it was taken for.
         samples: used. probes: runs of the model's suffix. seconds: taken.
     """
@@ -82,6 +83,43 @@ class Sensitivity:
             gram[low:high, low:high] = 0
         np.fill_diagonal(gram, diagonal)
         return starts, gram
+
+
+def separable(
+    sites: Sequence[Site],
+    candidates: Menus,
+    loss: Callable[[Site, QuantSpec], tuple[float, float]],
+    mode: Mode,
+    *,
+    kinds: Mapping[str, Kind] | None = None,
+    samples: int = 0,
+    probes: int = 0,
+    begin: float | None = None,
+) -> Sensitivity:
+    """Losses from a formula, without cross terms.
+
+    Args:
+        sites: of a model.
+        candidates: as in `sensitivities`.
+        loss: of a site in a format, and its standard error; called once for each. Float loses nothing.
+        mode: which formula.
+        kinds: by output, what it was taken for, if outputs played a part.
+        samples: used.
+        probes: runs of the model.
+        begin: `time.monotonic()` when the work began.
+    """
+    begin = time.monotonic() if begin is None else begin
+    specs = weight_formats(sites, candidates)
+    tables: list[Floats] = []
+    for site, row in zip(sites, specs, strict=True):
+        known: dict[QuantSpec | None, tuple[float, float]] = {None: (0.0, 0.0)}
+        known |= {spec: loss(site, spec) for spec in dict.fromkeys(row) if spec is not None}
+        tables.append(np.array([known[spec] for spec in row], np.float64).reshape(-1, 2))
+    none = tuple(np.zeros((len(row), 0), np.float32) for row in specs)
+    return Sensitivity(
+        tuple(site.name for site in sites), specs, tuple(t[:, 0] for t in tables), tuple(t[:, 1] for t in tables),
+        none, mode, kinds or {}, samples, probes, time.monotonic() - begin,
+    )  # fmt: skip
 
 
 def sensitivities(
