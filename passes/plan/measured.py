@@ -26,6 +26,7 @@ from qcompiler.target import Backend
 Solve = Callable[[Ledger, Sequence[Budget]], Solution]
 Ties = Sequence[tuple[int, ...]]
 _TRIES = 3  # artifacts built to meet a latency
+_UNUSED = 0.05  # share of a latency that may stay unused
 _STEPS = 12  # of the search for the fewest bit operations at a given loss: 1/4096 of the range
 
 
@@ -74,7 +75,7 @@ class Measured:
         return ledger
 
     def confirm(self, ledger: Ledger, solution: Solution, solve: Solve) -> tuple[Ledger, Solution]:
-        """Build the chosen artifact and time it; where it is too slow, correct the fixed part and solve again.
+        """Build the chosen artifact and time it; where the sum of parts was wrong, correct it and solve again.
 
         Args:
             ledger: as `price` made it.
@@ -91,7 +92,7 @@ class Measured:
         for _ in range(_TRIES):
             ledger, over = self._try(ledger, solution)
             tried.append((max(over, 0.0), solution.objective, ledger, solution))
-            if over <= 0:
+            if -_UNUSED <= over <= 0:
                 break
             try:
                 solution = solve(ledger, self.budgets)

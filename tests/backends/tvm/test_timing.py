@@ -68,8 +68,8 @@ def pictures() -> tuple[Model, dict[str, Any]]:
 
 
 def plans(model: Model, spec: str, activation: Any) -> dict[str, SitePlan]:
-    mode = {site.name: "float" if site.op == "Gather" else activation for site in find_sites(model.ir)}
-    return {name: SitePlan(parse_spec(spec), activation) for name, activation in mode.items()}
+    mode: dict[str, Any] = {s.name: "float" if s.op == "Gather" else activation for s in find_sites(model.ir)}
+    return {name: SitePlan(parse_spec(spec), one) for name, one in mode.items()}
 
 
 CASES = [
