@@ -21,7 +21,7 @@ from qcompiler.solvers.knapsack import solve_lagrangian
 from qcompiler.solvers.problem import Choice, Floats, InfeasibleProblem, NoChoiceFound, Problem, Solution, separable
 
 _TIGHTER = (0.0, 0.0, 0.0, 0.0, 1e-7, 1e-6)  # relative, of the budgets, in the attempts to solve one program
-_TOLERANCES = {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
+_TOLERANCES: dict[str, Any] = {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
 _ACCURACY = 1e-7  # of the integer solvers' bounds, on losses scaled to 1
 
 
