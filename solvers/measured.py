@@ -28,6 +28,7 @@ from qcompiler.solvers.problem import (
 
 LossOf = Callable[[Choice], float]
 CostOf = Callable[[Choice], Mapping[str, float]]
+_FIRST_MOVES = 64
 _PROVEN = 1e-12  # relative gap that double precision cannot resolve
 
 
@@ -64,6 +65,7 @@ class Measured:
         self._terms = [_Pairs(self.problem.cross, self.problem.loss.shape)]
         self._terms += [_Pairs(self.problem.pair_costs.get(n), self.problem.loss.shape) for n in self.names]
         self._index = np.arange(self.problem.units)
+        self.estimate = lower_estimate(self.problem)
         self.bound, self.multipliers = self._bound()
         self.best: Choice | None = None
         self.best_loss = math.inf
@@ -77,6 +79,10 @@ class Measured:
         """(loss, how far over the budgets: 0 if feasible, else relative to the spread of costs)."""
         loss, over, _ = self._measured(choice)
         return loss, over
+
+    def spare(self, choice: Choice) -> float:
+        """What is left of the tightest budget, relative to the spread of costs; negative if over; inf without one."""
+        return float((self._measured(choice)[2] / self.spread).min(initial=math.inf))
 
     def start(self) -> Choice:
         """The uniform choice of least loss within the budgets; else a repaired one; else one that costs little."""
@@ -122,6 +128,49 @@ class Measured:
         ]
         return changed[0], np.array(changed[1:]).reshape(len(self.names), *self.problem.loss.shape)
 
+    def improved(self, choice: Choice) -> Choice:
+        """A feasible choice that no single move and none of the likeliest moves with its best answer makes better."""
+        while not self.late:
+            loss, cost = self.changes(choice)
+            loss[self._index, choice] = np.inf
+            _, _, room = self._measured(choice)
+            fits = (cost <= room[:, None, None]).all(axis=0)
+            better = self._moved(choice, np.where(fits, loss, np.inf), self.measure(choice)[0])
+            if better is None:
+                better = self._answered(choice, loss)
+            if better is None:
+                break
+            choice = better
+        return choice
+
+    def _answered(self, choice: Choice, loss: Floats) -> Choice | None:
+        """A better choice two moves away: a move that loses little or saves much, then the best one after it."""
+        now = self.measure(choice)[0]
+        for unit, option in _least(loss, _FIRST_MOVES):
+            if self.late:
+                return None
+            moved = choice.copy()
+            moved[unit] = option
+            then, cost = self.changes(moved)
+            then[unit] = np.inf
+            then[self._index, moved] = np.inf
+            _, _, room = self._measured(moved)
+            fits = (cost <= room[:, None, None]).all(axis=0)
+            better = self._moved(moved, np.where(fits, then, np.inf), now)
+            if better is not None:
+                return better
+        return None
+
+    def _moved(self, choice: Choice, loss: Floats, than: float) -> Choice | None:
+        """The choice after the most promising move, if that is feasible and loses less than `than`."""
+        for unit, option in _least(loss, 1):
+            moved = choice.copy()
+            moved[unit] = option
+            found, over = self.measure(moved)
+            if over == 0 and found < than - 1e-14 * abs(than):
+                return moved
+        return None
+
     def offer(self, choice: Choice) -> None:
         """Remember a choice if it is feasible and the best so far."""
         loss, over = self.measure(choice)
@@ -165,9 +214,7 @@ class Measured:
 
     def _bound(self) -> tuple[float, dict[str, float]]:
         """A true lower bound of the loss, and the prices that prove it (none for pair terms or measured costs)."""
-        relaxed = lower_estimate(self.problem)
-        if self._cost is not None:
-            relaxed = replace(relaxed, budgets={})
+        relaxed = self.estimate if self._cost is None else replace(self.estimate, budgets={})
         prices: Mapping[str, float] = {}
         try:
             prices = solve_lagrangian(relaxed, 0.0).multipliers
@@ -178,9 +225,16 @@ class Measured:
         if self._loss is not None:
             return -math.inf, {}
         bound = dual_bound(relaxed, prices)
-        if relaxed is not self.problem:
+        if not self.problem.separable:
             bound -= 1e-12 * float(np.abs(np.where(relaxed.allowed, relaxed.loss, 0)).max(axis=1, initial=0).sum())
         return bound, dict(prices) if self.problem.separable and self._cost is None else {}
+
+
+def _least(table: Floats, count: int) -> list[tuple[int, int]]:
+    """Positions of the least finite entries, least first."""
+    order = np.argsort(table, axis=None, kind="stable")[:count]
+    order = order[np.isfinite(table.ravel()[order])]
+    return [(int(i) // table.shape[1], int(i) % table.shape[1]) for i in order]
 
 
 class _Pairs:

@@ -30,7 +30,7 @@ def test_additive_toys_within_two_percent(seed: int) -> None:
 def test_quadratic_toys(index: int) -> None:
     problem = QUADRATIC[index]
     losses = np.array([problem.objective(choice) for choice in feasible_choices(problem)])
-    found = solve_metropolis(problem, steps=1000)
+    found = solve_metropolis(problem, steps=500)
     assert problem.feasible(found.choice)
     assert all(len({int(found.choice[u]) for u in group}) == 1 for group in problem.ties)
     assert found.objective == pytest.approx(problem.objective(found.choice))

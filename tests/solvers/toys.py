@@ -22,7 +22,7 @@ def layers(seed: int, units: int = 10, target: float = 3.87) -> Problem:
 def quadratic(
     seed: int, units: int = 5, options: int = 3, pair_costs: bool = False, ties: bool = False, stored: str = "dense"
 ) -> Problem:
-    """Signed terms between all units, a missing option, one budget; if wanted conversion costs, ties, a sparse matrix."""
+    """Signed terms between all units, a missing option, one budget; if wanted conversions, ties, sparse."""
     rng = np.random.default_rng(seed)
     size = units * options
     loss = np.sort(rng.uniform(0, 4, (units, options)))[:, ::-1].copy()
@@ -33,8 +33,8 @@ def quadratic(
     conversions = {}
     if pair_costs:
         differ = 1.0 - np.eye(options)
-        chain = sparse.diags_array([np.ones(units - 1), np.ones(units - 1)], offsets=[-1, 1])
-        conversions = {"bytes": sparse.csr_array(sparse.kron(chain, differ))}
+        chain = np.eye(units, k=1) + np.eye(units, k=-1)
+        conversions = {"bytes": sparse.csr_array(np.kron(chain, differ))}
     budget = float(int(0.55 * (cost[:, 0].sum() + cost[:, -1].sum()))) + (2.0 if pair_costs else 0.0)
     matrix = cross if stored == "dense" else sparse.csr_array(np.where(np.abs(cross) > 0.3, cross, 0))
     tied = ((0, units - 1),) if ties else ()
