@@ -21,7 +21,8 @@ from qcompiler.model import Model
 
 pytest.importorskip("torch")
 from qcompiler.measure import curvature
-from qcompiler.measure.curvature import fisher, fisher_sensitivity, hessian_traces, trace_sensitivity
+from qcompiler.measure.blocks import block_scores, choose_blocks
+from qcompiler.measure.curvature import Fisher, fisher, fisher_sensitivity, hessian_traces, trace_sensitivity
 
 SPECS = [parse_spec(f"int{b}-sym-channel-fp32") for b in (3, 4, 6, 8)]
 
@@ -163,3 +164,43 @@ def test_what_has_no_gradient_says_so() -> None:
     model = network(nodes, {"w": (6, 5)}, 5)
     with pytest.raises(BadModel, match="hard: operator Hardmax has no differentiable form"):
         fisher(model, find_sites(model.ir))
+
+
+def test_blocks_are_scored_and_one_threshold_chooses_among_all_sites() -> None:
+    model = deep()
+    sites = find_sites(model.ir)
+    found = fisher(model, sites)
+    low, high = SPECS[0], SPECS[2]
+    scores = {site.name: block_scores(site, found, low, high, block=4) for site in sites}
+    site = sites[0]  # 16 rows of 6 columns: blocks of 4 and 2
+    change = quantize(site.matrix(), low).decode() - quantize(site.matrix(), high).decode()
+    expected = (found.of(site)[3, 4:] * change[3, 4:] ** 2).sum()
+    assert scores[site.name].shape == (16, 2)
+    assert scores[site.name][3, 1] == pytest.approx(expected)
+    sizes = {name: s.size for name, s in scores.items()}
+    last = 0.0
+    for fraction in (0.0, 0.3, 0.7, 0.9, 1.0):
+        chosen = choose_blocks(scores, fraction, masks=True)
+        assert chosen.masks is not None
+        better = sum(mask.sum() for mask in chosen.masks.values())
+        assert better == sum(sizes.values()) - round(fraction * sum(sizes.values()))
+        assert chosen.threshold >= last
+        last = chosen.threshold
+        for name, mask in chosen.masks.items():
+            np.testing.assert_array_equal(mask, scores[name] >= chosen.threshold)
+            assert chosen.fraction[name] == pytest.approx(mask.mean())
+    flat = Fisher({s.name: np.ones((s.rows, s.columns), np.float32) for s in sites}, {}, 1, {}, 1, 0.0)
+    error = quantize(sites[1].matrix(), low).decode() - quantize(sites[1].matrix(), high).decode()
+    np.testing.assert_allclose(
+        block_scores(sites[1], flat, low, high), np.square(error).reshape(12, 1, 16).sum(2), rtol=1e-5
+    )
+
+
+def test_equal_scores_and_bad_ones() -> None:
+    chosen = choose_blocks({"a": np.zeros((2, 3)), "b": np.zeros((1, 4))}, 0.5)
+    assert (chosen.masks, chosen.threshold) == (None, 0)
+    assert chosen.fraction == {"a": pytest.approx(1 / 6), "b": 1}  # the first five keep the worse format
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        choose_blocks({"a": np.zeros((2, 3))}, 1.1)
+    with pytest.raises(ValueError, match="NaN"):
+        choose_blocks({"a": np.full((2, 3), np.nan)}, 0.5)
