@@ -24,7 +24,7 @@ from qcompiler.formats.packing import plane_widths
 from qcompiler.graph.sites import Site
 from qcompiler.measure.latency import Part, Run, Shapes
 from qcompiler.plan import SitePlan
-from qcompiler.progress import Progress
+from qcompiler.progress import Silent
 
 Array = npt.NDArray[Any]
 _PRODUCTS = ("MatMul", "Gemm")
@@ -146,13 +146,13 @@ class CpuClock:
             return []
         return [part for node in site.users for part in _parts(site, node, plan.weight, plan.activation, shapes)]
 
-    def build(self, works: Sequence[Any], progress: Progress) -> Callable[[Any], Run]:
-        """Compile the kernels of all works into one module; a work gets its data when it is asked for."""
+    def build(self, works: Sequence[Any]) -> Callable[[Any], Run]:
+        """Compile the kernels of some works into one module; a work gets its data when it is asked for."""
         import tvm
 
         kernels = KernelSet(self.dot)
         names = {work: work.kernel(kernels) for work in works}
-        module = kernels.compile(self.target, progress)
+        module = kernels.compile(self.target, Silent())
 
         def prepare(work: Any) -> Run:
             function = module[names[work]]

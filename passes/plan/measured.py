@@ -166,13 +166,15 @@ class Measured:
     def _compare(self, ledger: Ledger, solution: Solution, solve: Solve) -> None:
         """Time the allocation by bit operations at equal predicted loss beside the solution, and say who is faster."""
         other = self._fewest_bops(ledger, solution, solve)
+        same = np.array_equal(other.choice, solution.choice)
         for budget in self.timed:
-            own, theirs = self.seconds(ledger, [solution.choice, other.choice], budget)
+            times = self.seconds(ledger, [solution.choice] if same else [solution.choice, other.choice], budget)
+            own, theirs = times[0], times[-1]
             self.facts[budget.resource] |= {
                 "measured": own, "by_bops": theirs, "loss": solution.objective, "loss_by_bops": other.objective,
-                "faster_than_by_bops": own < theirs,
+                "same_as_by_bops": same, "faster_than_by_bops": own < theirs,
             }  # fmt: skip
-            how = "faster than" if own < theirs else "NOT faster than"
+            how = "the same as" if same else "faster than" if own < theirs else "NOT faster than"
             self.progress.note(
                 f"allocate: {how} the allocation by bit operations at equal predicted loss "
                 f"({budget.show(Fraction(own))} against {budget.show(Fraction(theirs))})"

@@ -31,7 +31,7 @@ from qcompiler.target import Backend
 Shapes = Mapping[str, tuple[int, ...]]
 Run = Callable[[], object]
 K = TypeVar("K")
-_TOGETHER = 32  # works whose data lies in memory at once
+_TOGETHER = 32  # works that are built, take turns and are kept together: what a kill loses
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Clock(Protocol):
         """
         ...
 
-    def build(self, works: Sequence[Any], progress: Progress) -> Callable[[Any], Run]:
-        """Compile the kernels of all works at once; the result makes the data of one work and runs it on each call."""
+    def build(self, works: Sequence[Any]) -> Callable[[Any], Run]:
+        """Compile the kernels of some works at once; the result makes the data of one of them and gives its run."""
         ...
 
 
@@ -139,10 +139,11 @@ class Times:
         return [[sum(part.share * seconds[part.work] for part in option) for option in row] for row in parts]
 
     def _run(self, works: Sequence[Hashable], progress: Progress) -> None:
-        prepare = self.clock.build(works, progress)
         groups = [works[i : i + _TOGETHER] for i in range(0, len(works), _TOGETHER)]
-        for group in progress.track(groups, "Timing kernels"):
-            found = interleaved({work: prepare(work) for work in group}, self.effort, self.now, self.interruptions)
+        for group in progress.track(groups, "Building and timing kernels"):
+            prepare = self.clock.build(group)
+            runs = {work: prepare(work) for work in group}
+            found = interleaved(runs, self.effort, self.now, self.interruptions)
             for work, seconds in found.items():
                 self._known[work] = seconds
                 if self.cache is not None:

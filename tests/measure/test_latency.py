@@ -17,7 +17,7 @@ from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.latency import Effort, Part, Shapes, Times, interleaved
 from qcompiler.plan import SitePlan
-from qcompiler.progress import Progress, Silent
+from qcompiler.progress import Silent
 
 
 @dataclass
@@ -93,7 +93,7 @@ class FakeClock:
             return []
         return [Part(1.0, 0.5), Part(float(plan.weight.bits * shapes[str(site.activation.name)][0]))]
 
-    def build(self, works: Sequence[Any], progress: Progress) -> Callable[[Any], Callable[[], object]]:
+    def build(self, works: Sequence[Any]) -> Callable[[Any], Callable[[], object]]:
         self.built.append(list(works))
 
         def prepare(work: Any) -> Callable[[], None]:

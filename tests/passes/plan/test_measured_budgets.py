@@ -63,7 +63,7 @@ class Clock:
         assert site.activation is not None
         return [Part((plan.weight.bits, shapes[str(site.activation.name)][0]))]
 
-    def build(self, works: Sequence[Any], progress: Progress) -> Callable[[Any], Callable[[], object]]:
+    def build(self, works: Sequence[Any]) -> Callable[[Any], Callable[[], object]]:
         return lambda work: lambda: None
 
 
