@@ -73,7 +73,13 @@ def _table() -> Path:
     assert spec.loader is not None
     assets = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(assets)
-    return assets.wheel("scikit-learn", Path.home() / ".cache" / "qcompiler-tests") / "sklearn" / "datasets" / "data" / "digits.csv.gz"
+    return (
+        assets.wheel("scikit-learn", Path.home() / ".cache" / "qcompiler-tests")
+        / "sklearn"
+        / "datasets"
+        / "data"
+        / "digits.csv.gz"
+    )
 
 
 def _train(x: torch.Tensor, y: torch.Tensor, seed: int) -> nn.Module:
