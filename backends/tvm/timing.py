@@ -28,7 +28,6 @@ from qcompiler.progress import Silent
 
 Array = npt.NDArray[Any]
 _PRODUCTS = ("MatMul", "Gemm")
-_GENERATORS = ("conv", "geometry", "kernels", "lanes", "layout", "matmul", "panel", "timing")
 
 
 @dataclass(frozen=True)
@@ -241,10 +240,10 @@ def _scales(dtype: str, *shape: int) -> Array:
 
 
 def _sources() -> str:
-    """A hash of the sources that make the kernels and their data."""
+    """A hash of the sources that make kernels and whole artifacts."""
     digest = hashlib.blake2b(digest_size=10)
-    for name in _GENERATORS:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

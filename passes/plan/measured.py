@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from qcompiler.budget import Budget
 from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused
 from qcompiler.graph.sites import Site
 from qcompiler.measure.bops import site_bops, site_macs
+from qcompiler.measure.cache import Cache, fingerprint
 from qcompiler.measure.latency import Times, clock_of
 from qcompiler.measure.shapes import site_shapes
 from qcompiler.model import Model
@@ -28,6 +30,14 @@ Ties = Sequence[tuple[int, ...]]
 _TRIES = 3  # artifacts built to meet a latency
 _UNUSED = 0.05  # share of a latency that may stay unused
 _STEPS = 12  # of the search for the fewest bit operations at a given loss: 1/4096 of the range
+
+
+def require_clock(backend: Backend, budgets: Sequence[Budget]) -> None:
+    """Raise BadOption where a budget is in seconds and the target cannot measure them; needs no model."""
+    timed = next((budget for budget in budgets if budget.kind == "seconds"), None)
+    if timed is not None and clock_of(backend) is None:
+        what = f"target {backend.name} cannot measure times, which the budget {timed} needs"
+        raise BadOption(what, "--budget", "use --target cpu, or a budget in bits, bytes or bit operations")
 
 
 @dataclass
@@ -49,7 +59,6 @@ class Measured:
     budgets: Sequence[Budget]
     progress: Progress
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
-    _trials: dict[tuple[str, tuple[int, ...]], float] = field(default_factory=dict[tuple[str, tuple[int, ...]], float])
 
     @property
     def timed(self) -> list[Budget]:
@@ -69,6 +78,7 @@ class Measured:
         """
         if all(budget.stored for budget in self.budgets):
             return ledger
+        require_clock(self.backend, self.budgets)
         ledger = ledger.with_prices({"bops": self._bops(ledger)})
         for budget in self.timed:
             ledger = ledger.with_prices({budget.resource: self._seconds(ledger, budget, ties)})
@@ -106,9 +116,27 @@ class Measured:
         return ledger, solution
 
     def seconds(self, ledger: Ledger, choices: Sequence[Choice], budget: Budget) -> list[float]:
-        """Measured seconds of the artifacts of some choices, timed in turns."""
-        plans = [_plan(ledger, choice) for choice in choices]
-        return trial_seconds(self.model, plans, self.backend, self._feeds(budget.batch), self.progress)
+        """Measured seconds of the artifacts of some choices, timed in turns; kept in the model's cache."""
+        plans, feeds = [_plan(ledger, choice) for choice in choices], self._feeds(budget.batch)
+        key = Cache.key("trial", 1, self._machine, self._fingerprint, [str(plan.to_json()["sites"]) for plan in plans],
+                        [f"{name}{array.shape}" for name, array in sorted(feeds.items())])  # fmt: skip
+        known = None if self.model.cache is None else self.model.cache.get(key)
+        if known is not None:
+            return [float(value) for value in known["seconds"]]
+        found = trial_seconds(self.model, plans, self.backend, feeds, self.progress)
+        if self.model.cache is not None:
+            self.model.cache.put(key, {"seconds": np.array(found)})
+        return found
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.model.ir)
+
+    @cached_property
+    def _machine(self) -> str:
+        clock = clock_of(self.backend)
+        assert clock is not None  # `require_clock`
+        return clock.machine
 
     def _bops(self, ledger: Ledger) -> Priced:
         shapes = site_shapes(self.model.ir, self.sites, self._feeds(1))
@@ -121,9 +149,7 @@ class Measured:
     def _seconds(self, ledger: Ledger, budget: Budget, ties: Ties) -> Priced:
         """Measured costs; the fixed part is that of the fastest artifact."""
         clock = clock_of(self.backend)
-        if clock is None:
-            what = f"target {self.backend.name} cannot measure times, which the budget {budget} needs"
-            raise BadOption(what, "--budget", "use --target cpu, or a budget in bits, bytes or bit operations")
+        assert clock is not None  # `require_clock`
         feeds, menus = self._feeds(budget.batch), ledger.menus
         shapes = site_shapes(self.model.ir, [m.site for m in menus], feeds)
         times = Times(clock, self.model.cache)

@@ -281,11 +281,24 @@ def test_without_data_there_is_nothing_to_measure_on() -> None:
         work.price(ledger, ())
 
 
-def test_times_are_kept_in_the_models_cache(bench: Bench, tmp_path: Path) -> None:
+def test_neither_kernels_nor_artifacts_are_timed_twice(bench: Bench, tmp_path: Path) -> None:
     work, ledger = parts_of("8ms")
     work.model.cache = Cache(tmp_path)
-    work.price(ledger, ())
-    assert len(list(tmp_path.rglob("*.npz"))) == 3
+    _, solution = answer(work, ledger)
+    count = len(bench.built)
+    again, ledger = parts_of("8ms")
+    again.model.cache = Cache(tmp_path)
+    assert np.array_equal(answer(again, ledger)[1].choice, solution.choice)
+    assert again.facts == work.facts
+    assert len(bench.built) == count
+
+
+def test_another_model_is_timed_anew(bench: Bench, tmp_path: Path) -> None:
+    for rows in ("n", 1):
+        work, ledger = parts_of("8ms", model=model_of(rows))
+        work.model.cache = Cache(tmp_path)
+        work.price(ledger, ())
+    assert len(bench.built) == 2
 
 
 class Sleepy:
