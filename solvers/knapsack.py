@@ -10,6 +10,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from qcompiler.solvers.certificate import dual_bound
+from qcompiler.solvers.cuts import prices_by_cuts
 from qcompiler.solvers.descent import NEAREST, polished
 from qcompiler.solvers.hull import affordable_steps, path
 from qcompiler.solvers.problem import (
@@ -22,14 +23,16 @@ from qcompiler.solvers.problem import (
     separable,
 )
 
+_LARGEST_PROGRAM = 12_000  # options; a larger linear program takes more than a second
 _PROVEN = 1e-12  # relative gap below which double precision cannot tell objective and bound apart
 
 
 def solve_lagrangian(problem: Problem, deadline: float = 60.0) -> Solution:
     """Solve by prices: optimal prices for the linear relaxation, rounding, greedy fill, 1- and 2-exchanges.
 
-    With one budget the relaxation is solved exactly along convex hulls (see `hull`), with several as a
-    linear program. The bound is that of weak duality at those prices, so `certificate.check` can verify it.
+    With one budget the relaxation is solved exactly along convex hulls (see `hull`), with several as a linear
+    program, or by cutting planes where that is large (see `cuts`). The bound is that of weak duality at those
+    prices, so `certificate.check` can verify it.
 
     Args:
         problem: without quadratic terms.
@@ -47,7 +50,7 @@ def solve_lagrangian(problem: Problem, deadline: float = 60.0) -> Solution:
         raise InfeasibleProblem(least, merged.budgets)
     if not merged.units:
         return Solution(np.zeros(0, np.intp), 0.0, 0.0, "lagrangian", "optimal", 0.0)
-    prices, relaxed = _one_price(merged) if len(merged.budgets) == 1 else _prices(merged)
+    prices, relaxed = _relaxed(merged, start + deadline)
     tried = (polished(merged, prices, choice, start + deadline) for choice in _starts(merged, prices, relaxed))
     found = [choice for choice in tried if choice is not None]
     if not found:
@@ -77,6 +80,15 @@ def _starts(problem: Problem, prices: Mapping[str, float], relaxed: Choice) -> I
         for name in problem.budgets:
             share += problem.costs[name] / (float(np.ptp(problem.costs[name], axis=1).sum()) or 1.0)
         yield np.where(problem.allowed, share, np.inf).argmin(axis=1)
+
+
+def _relaxed(problem: Problem, until: float) -> tuple[Mapping[str, float], Choice]:
+    """Prices for the linear relaxation, exact or nearly so, and its rounded solution."""
+    if len(problem.budgets) == 1:
+        return _one_price(problem)
+    if len(problem.budgets) > 1 and problem.loss.size > _LARGEST_PROGRAM:
+        return prices_by_cuts(problem, until)
+    return _prices(problem)
 
 
 def _one_price(problem: Problem) -> tuple[dict[str, float], Choice]:
