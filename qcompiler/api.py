@@ -18,7 +18,7 @@ from qcompiler.budget import bits_per_weight, parse_budget, stored_bytes
 from qcompiler.build.emit import emit
 from qcompiler.build.lowering import Lowering, lower
 from qcompiler.build.memory import expected_peak
-from qcompiler.build.recipe import Options, budgets_of, build_pipeline
+from qcompiler.build.recipe import Options, budgets_of, build_pipeline, check_order
 from qcompiler.build.samples import Samples, Source, gather
 from qcompiler.build.suitable import check_suitable
 from qcompiler.capture.onnx import load_onnx
@@ -145,6 +145,9 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     if not explain:
         check_output(out)
     passes = build_pipeline(pipeline, source, options)
+    check_order(passes, only_plan=explain)
+    for item in passes.passes:
+        item.foresee(source)
     options = replace(options, budget=budgets_of(passes))
     with open_cache(resume) as cache:
         origin = Source(calibration, preprocess, None if tokenizer is None else Path(tokenizer))

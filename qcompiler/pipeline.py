@@ -49,9 +49,21 @@ class PassReport:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """Base of all passes. Subclasses are frozen dataclasses with only JSON-able fields."""
+    """Base of all passes. Subclasses are frozen dataclasses with only JSON-able fields.
+
+    Attributes:
+        contract: whether the pass promises the same function.
+        stage: "float": it works on the float graph; "lowering": it makes the QDQ graph of it; "lowered": it works on
+            that.
+        hints: options of the user that the pass only takes a hint from: another pass must keep to them.
+    """
 
     contract: ClassVar[Literal["exact", "lossy"]] = LOSSY
+    stage: ClassVar[Literal["float", "lowering", "lowered"]] = "float"
+    hints: ClassVar[tuple[str, ...]] = ()
+
+    def foresee(self, model: Model) -> None:  # noqa: B027 - most passes cannot know
+        """Raise, before any pass has run on the model, what is certain to fail whatever the passes before do."""
 
     def requires(self, model: Model) -> None:  # noqa: B027 - most passes run on anything
         """Raise PassRefused if this pass cannot run on this model at all."""

@@ -21,7 +21,8 @@ from qcompiler.build.recipe import Options, build_pipeline, default_recipe, fill
 from qcompiler.build.samples import Source, gather
 from qcompiler.errors import BadModel, BadOption, MissingExtra
 from qcompiler.passes.plan.allocate import Allocate
-from qcompiler.passes.plan.uniform import Uniform
+from qcompiler.passes.round.nearest import Nearest
+from qcompiler.passes.transform.equalize_activations import EqualizeActivations
 from qcompiler.progress import Silent
 
 PIPELINE = """
@@ -202,7 +203,7 @@ def test_what_a_pipeline_says_stays_unless_the_user_says_otherwise() -> None:
 def test_an_option_that_nothing_takes_is_refused(work: Path) -> None:
     options = Options("onnx", ("3bits",), given=frozenset({"target", "budget"}))
     with pytest.raises(BadOption, match="--budget"):
-        build_pipeline(qc.Pipeline([Uniform()]), qc.load(work), options)
+        build_pipeline(qc.Pipeline([EqualizeActivations(), Nearest()]), qc.load(work), options)
 
 
 @pytest.mark.parametrize(("count", "used", "held"), [(1, 1, 1), (3, 3, 3), (4, 2, 2), (24, 21, 3), (1000, 936, 64)])

@@ -14,7 +14,7 @@ LAYERS = [
     {"registry", "progress", "scratch"},
     {"formats"},
     {"plan"},
-    {"model", "graph", "capture", "preprocess", "target", "budget"},
+    {"model", "graph", "capture", "preprocess", "target", "budget", "overrun"},
     {"measure", "calibration"},
     {"evaluate"},
     {"pipeline", "contracts"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +28,8 @@ class InsertQDQ(Pass):
 
     Float weights are released as they are replaced. Needs opset 21 and codes for every planned site.
     """
+
+    stage: ClassVar[Literal["float", "lowering", "lowered"]] = "lowering"
 
     def requires(self, model: Model) -> None:
         """Refuse a model that is lowered already, planned but not rounded, or too old."""

@@ -11,6 +11,7 @@ from qcompiler.budget import GRID_BYTES, Budget, bits_per_weight, float_bits, ot
 from qcompiler.errors import BudgetInfeasible, ContractViolated
 from qcompiler.graph.sites import Site
 from qcompiler.model import Model
+from qcompiler.overrun import size_text
 from qcompiler.passes.plan.candidates import Menu
 from qcompiler.passes.round.quantized_values import choose_values
 from qcompiler.solvers.problem import Problem, separable
@@ -141,8 +142,8 @@ class Ledger:
             return ", ".join(f"{name} ({budget.show(Fraction(cost))})" for name, cost in counted[:3])
         sizes = [(m.site.name, min(m.bits()) // 8) for m in self.menus]
         stored = [*sizes, *self.floats, *(self.others if budget.kind == "bytes" else ())]
-        largest = sorted(stored, key=lambda item: -item[1])[:3]
-        return ", ".join(f"{name} ({_size(size)})" for name, size in largest)
+        largest = sorted((item for item in stored if item[1]), key=lambda item: -item[1])[:3]
+        return ", ".join(f"{name} ({size_text(size)})" for name, size in largest)
 
 
 def _grids(model: Model, menus: Sequence[Menu]) -> int:
@@ -150,12 +151,6 @@ def _grids(model: Model, menus: Sequence[Menu]) -> int:
     static = [m.site for m in menus if any(plan.activation == "static" for plan in m.plans)]
     products = {node for site in static for node in site.users if node.op_type != "Gather"}
     return len(choose_values(model.graph, products, outputs=True))
-
-
-def _size(count: int) -> str:
-    """Bytes for people, in the units of a budget."""
-    unit, scale = next((u, s) for u, s in (("MB", 10**6), ("kB", 10**3), ("B", 1)) if count >= s or s == 1)
-    return f"{count / scale:.3g} {unit}"
 
 
 def assert_within(model: Model, budgets: Sequence[Budget]) -> tuple[float, int]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcompiler import registry
-from qcompiler.budget import bits_per_weight, is_embedding, kept_sites, stored_bytes
-from qcompiler.errors import BadOption, Refusal
+from qcompiler.budget import bits_per_weight, is_embedding, kept_sites, parse_budget, stored_bytes
+from qcompiler.errors import BadOption, BudgetInfeasible, Refusal
 from qcompiler.formats import QuantSpec, parse_spec
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
+from qcompiler.overrun import overrun
 from qcompiler.passes.plan.candidates import activation_for, passed_over, with_fitting_scales
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import ActivationMode, Plan, SitePlan
-from qcompiler.progress import Progress
+from qcompiler.progress import Progress, Silent
 from qcompiler.target import Backend
 
 _MODES: dict[str, ActivationMode] = {"float": "float", "static": "static", "dynamic": "dynamic"}
+_INSTEAD = "drop --budget, or use the pass 'allocate', which fits the formats to it"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Uniform(Pass):
         embeddings: spec of lookup tables; empty: as `spec`; "float" leaves them alone.
         keep: sites to leave float: globs on their names, or "embeddings". Outside the average of bits.
         target: who must be able to run it.
+        budget: what the result must stay within; the formats are fixed, so one that they exceed is refused.
     """
 
     spec: str = "int8-sym-channel-fp32"
@@ -41,6 +44,7 @@ class Uniform(Pass):
     embeddings: str = ""
     keep: tuple[str, ...] = ()
     target: str = "onnx"
+    budget: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parse_spec(self.spec)
@@ -48,9 +52,31 @@ class Uniform(Pass):
             parse_spec(self.embeddings)
         if self.activation not in _MODES:
             raise BadOption(f"unknown activation mode '{self.activation}'", "uniform", f"use {', '.join(_MODES)}")
+        for text in self.budget:
+            if not parse_budget(text).stored:
+                raise BadOption(f"'uniform' fixes the formats and cannot aim at {text}", "--budget", _INSTEAD)
+
+    def foresee(self, model: Model) -> None:
+        """Refuse a budget that these formats exceed."""
+        if self.budget:
+            self._plan(Model(model.ir, model.name), Silent())
 
     def run(self, model: Model, progress: Progress) -> PassReport:
-        """Fill `model.plan`."""
+        """Fill `model.plan`.
+
+        Raises:
+            BudgetInfeasible: that takes more than the budget.
+        """
+        refused = self._plan(model, progress)
+        metrics = {"bits_per_weight": bits_per_weight(model), "stored_bytes": stored_bytes(model)}
+        decided = len(model.plan.sites)
+        progress.note(
+            f"uniform: {decided} of {len(find_sites(model.ir))} sites, {metrics['bits_per_weight']:.3f} bits per weight"
+        )
+        return PassReport("uniform", decided, tuple(refused), metrics)
+
+    def _plan(self, model: Model, progress: Progress) -> list[Refusal]:
+        """Fill `model.plan`; what could not be had."""
         backend: Backend = registry.find("backends", self.target)()
         sites = find_sites(model.ir)
         kept = kept_sites(sites, self.keep)
@@ -70,11 +96,10 @@ class Uniform(Pass):
                 decided[site.name] = plan
         refused += passed_over(model, sites, progress)
         model.plan = Plan(decided, kept=kept)
-        metrics = {"bits_per_weight": bits_per_weight(model), "stored_bytes": stored_bytes(model)}
-        progress.note(
-            f"uniform: {len(decided)} of {len(sites)} sites, {metrics['bits_per_weight']:.3f} bits per weight"
-        )
-        return PassReport("uniform", len(decided), tuple(refused), metrics)
+        over = overrun(model, map(parse_budget, self.budget))
+        if over is not None:
+            raise BudgetInfeasible(*over.words(f"'uniform' fixes the formats, here {self.spec}", _INSTEAD))
+        return refused
 
     def _spec(self, site: Site) -> QuantSpec | None:
         text = self.embeddings if self.embeddings and is_embedding(site) else self.spec

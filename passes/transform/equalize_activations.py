@@ -50,6 +50,7 @@ class EqualizeActivations(Pass):
     """
 
     contract: ClassVar[Literal["exact", "lossy"]] = LOSSY
+    hints: ClassVar[tuple[str, ...]] = ("budget",)
     strength: float = 0.35
     margin: float = 2.0
     percentile: float = 100.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,14 +14,16 @@ from qcompiler import registry
 from qcompiler.artifact import REPORT, new_folder, save_reference, write_manifest
 from qcompiler.artifact.agreement import RULE
 from qcompiler.artifact.manifest import sha256
-from qcompiler.budget import bits_per_weight, lowered_bytes, parse_budget, stored_bytes, weight_bits
+from qcompiler.budget import bits_per_weight, lowered_bytes, parse_budget, stored_bytes
 from qcompiler.build.judge import Judgement, judge
 from qcompiler.build.layers import alone, extremes
 from qcompiler.build.lowering import Lowering
 from qcompiler.build.memory import realised_peak
 from qcompiler.build.recipe import Options
 from qcompiler.build.samples import FEW, Samples
+from qcompiler.errors import BudgetInfeasible
 from qcompiler.measure.shorten import shortened
+from qcompiler.overrun import overrun
 from qcompiler.pipeline import PassReport, Pipeline
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress
@@ -57,7 +58,7 @@ def emit(
     lowered = lowering.lowered
     assert lowered is not None
     backend: Backend = registry.find("backends", options.target)()
-    _warn_if_over(lowering, options.budget, progress)
+    _check_budgets(lowering, options, progress)
     with new_folder(out) as folder:
         save_reference(lowered.ir, folder)
         progress.note(f"compiling for target {options.target}")
@@ -83,15 +84,19 @@ def emit(
         return write_manifest(folder, entries)
 
 
-def _warn_if_over(lowering: Lowering, budgets: Sequence[str], progress: Progress) -> None:
-    """Say it where a pass behind the allocation has made the model larger than the budget."""
+def _check_budgets(lowering: Lowering, options: Options, progress: Progress) -> None:
+    """See whether a pass behind the planner has made the model larger than the budget.
+
+    A budget that the user has given is refused; one that only the pipeline names is that of its planner, whose plan
+    other passes of the same pipeline may have been put there to change: the user is told.
+    """
     assert lowering.lowered is not None
-    bits, weights = weight_bits(lowering.rounded)
-    size = lowered_bytes(lowering.lowered.ir)
-    for budget in (b for b in map(parse_budget, budgets) if b.stored):
-        amount = budget.spent(bits, weights, size)
-        if amount > budget.amount:
-            progress.note(f"the result stores {budget.show(amount)}, more than {budget}: a pass changed the plan later")
+    why = "a pass behind the planner made it larger"
+    over = overrun(lowering.rounded, map(parse_budget, options.budget), lowered_bytes(lowering.lowered.ir))
+    if over is not None and "budget" in options.given:
+        raise BudgetInfeasible(*over.words(why, "give a smaller budget, or drop that pass or --budget"))
+    if over is not None:
+        progress.note(f"the result stores {over.stored}, more than {over.budget}: {why}")
 
 
 def _made(

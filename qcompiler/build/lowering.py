@@ -57,7 +57,7 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
         transformed.append(not work.lowered and _parts(work) != before)
         _spill(work, model)
         give_back((*model.graph.initializers.values(), *work.graph.initializers.values()))
-        if only_plan and work.plan.sites:
+        if only_plan and work.plan is not model.plan:  # perhaps an empty one: there may be nothing to decide
             return Lowering(model, work, None, reports, transformed)
     if only_plan:
         raise BadOption("the pipeline makes no plan", "--explain", "put 'allocate' or 'uniform' in the pipeline")

@@ -85,7 +85,7 @@ def fill(pipeline: Pipeline, options: Options) -> Pipeline:
             if name in known and (name in options.given or getattr(item, name) == known[name].default)
         }
         values = {name: value for name, value in values.items() if value or name in options.given}
-        taken |= set(known) & options.given
+        taken |= (set(known) - set(item.hints)) & options.given
         passes.append(replace(item, **values))
     left = sorted(options.given - taken - {"target", "seed"})
     if left:
@@ -93,6 +93,23 @@ def fill(pipeline: Pipeline, options: Options) -> Pipeline:
             "no pass of this pipeline takes it", f"--{left[0]}", "drop it, or put 'allocate' in the pipeline"
         )
     return replace(pipeline, passes=passes)
+
+
+def check_order(pipeline: Pipeline, *, only_plan: bool = False) -> None:
+    """Raise BadOption for a pipeline that cannot end in a lowered model, before any of it runs.
+
+    Args:
+        pipeline: the passes.
+        only_plan: it is stopped at the plan, so that it need not lower.
+    """
+    lowering = ""
+    for item in pipeline.passes:
+        if lowering and item.stage != "lowered":
+            what = f"the pass '{item.registered_name()}' comes behind '{lowering}', which leaves it nothing to do"
+            raise BadOption(what, "--pipeline", f"put '{lowering}' behind it")
+        lowering = lowering or (item.registered_name() if item.stage == "lowering" else "")
+    if not lowering and not only_plan:
+        raise BadOption("the pipeline does not lower the model", "--pipeline", "end it with the pass 'insert-qdq'")
 
 
 def budgets_of(pipeline: Pipeline) -> tuple[str, ...]:
