@@ -35,6 +35,7 @@ FORMATS: dict[str, str] = {
 SOLVERS: dict[str, str] = {
     "lagrangian": "qcompiler.solvers.knapsack:solve_lagrangian",
     "ilp": "qcompiler.solvers.ilp:solve_ilp",
+    "quadratic": "qcompiler.solvers.quadratic:solve_quadratic",
 }
 BACKENDS: dict[str, str] = {
     "onnx": "qcompiler.backends.onnx.backend:OnnxBackend",

@@ -2,7 +2,8 @@
 
 The bound is weak duality: for prices y >= 0, every feasible choice x has
 loss(x) >= loss(x) + y (cost(x) - budget) >= sum over units of min over options (loss + y cost) - y budget.
-Whoever has the prices can verify it in one pass over the tables.
+Whoever has the prices can verify it in one pass over the tables; with terms between units, whoever has the messages
+too (`messages.bound`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qcompiler.solvers.messages import bound
+from qcompiler.solvers.pairs import PairProblem
 from qcompiler.solvers.problem import Problem, Solution, separable
 
 _TOLERANCE = 1e-9  # relative; integer solvers prove an optimum to 1e-6 of the largest spread of losses in a unit
@@ -27,8 +30,8 @@ class Certificate:
         used: cost of the choice in every resource.
         dual_bound: the bound that the solution's prices prove.
         faults: every claim of the solution that does not hold; empty if it is sound.
-        proof: "dual" where the prices prove the claimed bound; "branch and bound" where it is higher than
-            they can prove, so that it rests on the integer solver.
+        proof: "dual" where prices (and messages) prove the claimed bound; "solver" where it is higher than they can
+            prove, so that it rests on an integer program or a convex form.
     """
 
     objective: float
@@ -60,6 +63,16 @@ def dual_bound(problem: Problem, multipliers: Mapping[str, float]) -> float:
     return math.fsum([*best, *(-p for p in paid)]) - float(error)
 
 
+def _proven(problem: Problem, solution: Solution) -> float:
+    if problem.separable:
+        return dual_bound(problem, solution.multipliers)
+    if solution.messages is None:
+        return -math.inf
+    pairs = PairProblem.of(problem)
+    prices = np.array([solution.multipliers.get(name, 0.0) for name in pairs.problem.budgets])
+    return bound(pairs, solution.messages, prices)
+
+
 def check(problem: Problem, solution: Solution) -> Certificate:
     """Recompute cost, loss, feasibility, ties and bound of a solution."""
     choice = np.asarray(solution.choice)
@@ -67,7 +80,7 @@ def check(problem: Problem, solution: Solution) -> Certificate:
         return Certificate(math.nan, {}, -math.inf, ("not one option index per unit",), "none")
     objective = problem.objective(choice)
     used = {name: problem.used(choice, name) for name in problem.costs}
-    proven = dual_bound(problem, solution.multipliers)
+    proven = _proven(problem, solution)
     slack = _TOLERANCE * max(abs(objective), abs(solution.bound), 1e-300)
     faults = [f"{n}: {used[n]:.17g} is over {b:.17g}" for n, b in problem.budgets.items() if used[n] > b]
     faults += [f"units {group} differ" for group in problem.ties if len({int(choice[u]) for u in group}) > 1]
@@ -80,5 +93,5 @@ def check(problem: Problem, solution: Solution) -> Certificate:
     spread = np.ptp(np.where(problem.allowed, problem.loss, problem.loss.min(axis=1, keepdims=True)), axis=1)
     if solution.status == "optimal" and objective - solution.bound > 1e3 * slack + 1e-6 * spread.max(initial=0):
         faults.append("called optimal, but the bound is lower")
-    proof = "dual" if solution.bound <= proven + slack else "branch and bound"
+    proof = "dual" if solution.bound <= proven + slack else "solver"
     return Certificate(objective, used, proven, tuple(faults), proof)

@@ -154,6 +154,8 @@ class Solution:
             integer solver), else "feasible".
         seconds: wall time.
         multipliers: resource -> price >= 0, the dual vector with which `certificate.check` recomputes a bound.
+        messages: with pair terms, float64 [merged units, options, merged units] that go with the prices
+            (`messages.bound`).
     """
 
     choice: Choice
@@ -163,6 +165,7 @@ class Solution:
     status: str
     seconds: float
     multipliers: Mapping[str, float] = field(default_factory=dict[str, float])
+    messages: Floats | None = None
 
     @property
     def gap(self) -> float:

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
-from qcompiler.solvers.ilp import solve_ilp
-from qcompiler.solvers.knapsack import solve_lagrangian
+from qcompiler import registry
 from qcompiler.solvers.problem import Problem, Solution
-
-_METHODS = {"auto": solve_ilp, "ilp": solve_ilp, "lagrangian": solve_lagrangian}
 
 
 def solve(problem: Problem, method: str = "auto", deadline: float = 60.0) -> Solution:
-    """Solve a separable problem.
+    """Solve an allocation problem.
 
     Args:
-        problem: without quadratic terms.
-        method: "lagrangian" (fast, gap of a fraction of a percent) or "ilp" (from that start to proven
-            optimality); "auto" is "ilp", whose core stays small at any size.
-        deadline: seconds.
+        problem: separable, or with terms between units.
+        method: a solver's name (`registry.names("solvers")`); "auto" takes "ilp" for a separable problem (from the
+            Lagrangian solution to proven optimality, its core stays small at any size), "quadratic" for any other.
+        deadline: seconds; when they have passed, the best choice and bound known are returned.
+
+    Returns:
+        The choice, with its loss, a lower bound, and which method found them.
 
     Raises:
-        InfeasibleProblem, NoChoiceFound: see the solvers.
-        ValueError: an unknown method, or quadratic terms.
+        InfeasibleProblem: proven to have no feasible choice.
+        NoChoiceFound: none was found in time.
+        ValueError: an unknown method, or one that does not take what the problem has.
     """
-    if method not in _METHODS:
-        raise ValueError(f"unknown method '{method}': use one of {', '.join(_METHODS)}")
+    known = registry.names("solvers")
+    if method != "auto" and method not in known:
+        raise ValueError(f"unknown method '{method}': use auto, {', '.join(sorted(known))}")
+    name = method if method != "auto" else "ilp" if problem.separable else "quadratic"
+    solver: Callable[[Problem, float], Solution] = registry.find("solvers", name)
     start = time.monotonic()
-    return replace(_METHODS[method](problem, deadline), seconds=time.monotonic() - start)
+    return replace(solver(problem, deadline), seconds=time.monotonic() - start)

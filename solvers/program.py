@@ -1,0 +1,75 @@
+"""Run an integer program that PuLP describes, and say truly what came out of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pulp
+
+from qcompiler.solvers.problem import Choice
+
+ACCURACY = 1e-7  # of the integer solvers' bounds, on losses scaled to 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an integer solver found out.
+
+    Attributes:
+        choice: int [units], or None where it found none.
+        bound: of the program's objective; -inf where none is known.
+        optimal: proven.
+        infeasible: proven to have no choice at all.
+    """
+
+    choice: Choice | None
+    bound: float
+    optimal: bool
+    infeasible: bool
+
+
+def run(
+    program: pulp.LpProblem,
+    variables: dict[tuple[int, int], pulp.LpVariable],
+    shape: tuple[int, int],
+    seconds: float,
+    engine: str = "highs",
+) -> Answer:
+    """Solve a program whose one-hot variables are given by (unit, option).
+
+    Args:
+        program: a minimisation.
+        variables: by (unit, option); of options that cannot be chosen there are none.
+        shape: (units, options).
+        seconds: after which it stops with what it has.
+        engine: "highs", or "cbc" (also taken where HiGHS is not usable).
+
+    Raises ValueError for another engine, or if none is installed.
+    """
+    if engine not in ("highs", "cbc"):
+        raise ValueError(f"unknown engine '{engine}': use highs or cbc")
+    highs = pulp.HiGHS(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1)
+    if engine == "highs" and highs.available():
+        program.solve(highs)
+        # PuLP calls a HiGHS run that timed out "Optimal": the bound is asked of HiGHS itself.
+        model: Any = program.solverModel
+        bound = float(model.getInfo().mip_dual_bound)
+    else:
+        cbc = pulp.PULP_CBC_CMD(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1)
+        if not cbc.available():
+            raise ValueError("no integer solver is installed: pip install highspy")
+        program.solve(cbc)
+        bound = math.nan
+    optimal = program.sol_status == pulp.LpSolutionOptimal
+    infeasible = program.sol_status == pulp.LpSolutionInfeasible and program.status == pulp.LpStatusInfeasible
+    if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        return Answer(None, bound if math.isfinite(bound) else -math.inf, False, infeasible)
+    if math.isnan(bound):  # CBC tells no bound: its objective is one where it proved optimality
+        bound = float(cast(float, pulp.value(program.objective))) if optimal else -math.inf
+    share = np.full(shape, -1.0)
+    for key, variable in variables.items():
+        share[key] = variable.varValue or 0.0
+    return Answer(share.argmax(axis=1), bound, optimal, False)
