@@ -74,7 +74,7 @@ class _Planes:
         size = np.where(problem.allowed, np.abs(problem.loss), 0).max(axis=1).sum() / self.scale
         costs = [np.abs(problem.costs[n]).max(axis=1).sum() + abs(problem.budgets[n]) for n in self.names]
         self.sizes = np.array([size, *(np.array(costs) / spread)])
-        self.worst = float(high.sum()) / self.scale * (1 + 1e-9) + 1e-9
+        self.worst = float(high.sum()) / self.scale + 1e-9 * (1 + float(size))
         self.best, self.prices = -np.inf, np.zeros(len(self.names))
         self.losses: list[float] = []
         self.excess: list[Floats] = []
