@@ -107,7 +107,6 @@ def test_a_fixed_batch_is_respected() -> None:
     served = list(data.batches(32))
     assert [b["x"].shape for b in served] == [(4, 5)] * 3
     np.testing.assert_array_equal(served[2]["x"], x[[8, 9, 9, 9]])
-    np.testing.assert_array_equal(data.join([{"y": b["x"]} for b in served])["y"], x)
     assert [b["x"].shape for b in data.take(5).batches(1, limit=4)] == [(4, 5)]
     assert [b["x"].shape for b in Calibration.from_arrays({"x": floats(3, 5)}, relus(x=[1, 5])).batches(32)] == [
         (1, 5)
@@ -121,15 +120,6 @@ def test_inputs_without_a_common_batch_axis() -> None:
     stacked = Calibration.from_arrays({"input": floats(5, 7, 6), "state": floats(5, 1, 1, 4)}, STATEFUL)
     assert stacked.count == 5
     assert [b["state"].shape for b in stacked.batches(8, limit=3)] == [(1, 1, 4)] * 3
-
-
-def test_join_gives_outputs_the_layout_of_the_data() -> None:
-    batched = Calibration.from_arrays({"x": floats(5, 3, 8, 8)}, IMAGES)
-    assert batched.join([{"y": b["x"]} for b in batched.batches(2)])["y"].shape == (5, 3, 8, 8)
-    stacked = Calibration.from_arrays({"input": floats(5, 7, 6), "state": floats(5, 1, 1, 4)}, STATEFUL)
-    assert stacked.join([{"y": b["state"]} for b in stacked.batches(1)])["y"].shape == (5, 1, 1, 4)
-    single = Calibration.from_arrays({"input": floats(7, 6), "state": floats(1, 1, 4)}, STATEFUL)
-    assert single.join([{"y": b["input"]} for b in single.batches(1)])["y"].shape == (7, 6)
 
 
 def test_parts_and_fingerprints() -> None:

@@ -17,7 +17,7 @@ from qcompiler.calibration.files import is_images, read_npy, read_npz
 from qcompiler.calibration.images import ImageRows
 from qcompiler.calibration.synthetic import synthetic_feeds
 from qcompiler.calibration.text import token_windows
-from qcompiler.calibration.validate import Block, Rows, feeds_check, joined
+from qcompiler.calibration.validate import Block, Rows, feeds_check
 from qcompiler.errors import BadData
 
 Array = npt.NDArray[Any]
@@ -196,10 +196,6 @@ class Calibration:
                 arrays = {k: _Picked(v, here) for k, v in block.arrays.items()}
                 kept.append(replace(block, arrays=arrays, count=len(here)))
         return replace(self, blocks=tuple(kept))
-
-    def join(self, outputs: Sequence[Mapping[str, Array]]) -> Feeds:
-        """The outputs of the calls that `batches` gave, as one array each with the samples first."""
-        return joined(outputs, self.blocks[0].layout, self.count)
 
 
 @dataclass(frozen=True)

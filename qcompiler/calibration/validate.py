@@ -14,7 +14,7 @@ A number given for an input without axes goes into every call, whatever the layo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, Protocol
 
@@ -236,11 +236,3 @@ def _cast(name: str, array: Array, dtype: np.dtype[Any]) -> Array:
                 f"'{name}' holds integers that {dtype} cannot", fix=f"keep them in {bounds.min}..{bounds.max}"
             )
     return array.astype(dtype)
-
-
-def joined(outputs: Sequence[Mapping[str, Array]], layout: Layout, count: int) -> dict[str, Array]:
-    """The outputs of successive calls as one array each: `count` samples first for batched and stacked data."""
-    if layout == "single":
-        return dict(outputs[0])
-    join = np.stack if layout == "stacked" else np.concatenate
-    return {name: join([o[name] for o in outputs])[:count] for name in outputs[0]}

@@ -40,12 +40,15 @@ def batches(samples: Calibration, artifact: Artifact, batch: int | None, limit: 
         batch: samples a run.
         limit: samples, all if None.
     """
+    return list(samples.batches(samples_a_run(samples, artifact) if batch is None else batch, limit))
+
+
+def samples_a_run(samples: Calibration, artifact: Artifact) -> int:
+    """How many samples a run keep its outputs small; found by running one."""
     from qcompiler.build.samples import batch_for
 
-    if batch is None:
-        outputs = artifact.run(next(samples.batches(1, 1)))
-        batch = batch_for(sum(array.nbytes for array in outputs.values()))
-    return list(samples.batches(batch, limit))
+    outputs = artifact.run(next(samples.batches(1, 1)))
+    return batch_for(sum(array.nbytes for array in outputs.values()))
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -7,20 +7,35 @@ from typing import Annotated
 
 import typer
 
+_ALL = "all"
+
 
 def command(
     artifact: Annotated[Path, typer.Argument(help="A compiled folder.", metavar="OUT")],
     inputs: Annotated[Path, typer.Option(metavar="X.npz", help="Arrays named as the inputs, samples first.")],
     outputs: Annotated[Path, typer.Option(metavar="Y.npz", help="File to write, arrays named as the outputs.")],
-    batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Samples a run.")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="N", help="Samples a run: a number, or 'all'.")] = None,
 ) -> None:
     """Run a compiled model on arrays from a file."""
+    import onnx_ir as ir
+
     from qcompiler.artifact import load_artifact
-    from qcompiler.commands.data import batches, read_samples, write_arrays
+    from qcompiler.artifact.joined import run_all
+    from qcompiler.calibration import Calibration
+    from qcompiler.commands.data import samples_a_run, write_arrays
     from qcompiler.progress import Terminal
 
+    wanted = None if batch in (None, _ALL) else _number(str(batch))
     loaded = load_artifact(artifact)
-    samples = read_samples(inputs, loaded)
-    feeds = batches(samples, loaded, batch)
-    results = [loaded.run(feed) for feed in Terminal().track(feeds, "running")]
-    write_arrays(outputs, samples.join(results))
+    model = ir.load(loaded.reference)
+    samples = Calibration.from_path(inputs, model)
+    size = samples.count if batch == _ALL else wanted or samples_a_run(samples, loaded)
+    write_arrays(outputs, run_all(loaded, model, samples, size, Terminal()))
+
+
+def _number(text: str) -> int:
+    from qcompiler.errors import BadOption
+
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise BadOption(f"'{text}' is no number of samples", "--batch", f"give 1 or more, or '{_ALL}'")
+    return int(text)
