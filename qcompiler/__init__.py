@@ -28,6 +28,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Threads of numpy's OpenBLAS spin after each product, by default for 2^28 cycles: beside many small products that
 # took a third of the CPU time of rounding, and 10 % of its wall time.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
+# Those of torch's OpenMP spin for each other; where other work shares the cores, small networks took 70 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,9 +1,9 @@
 """How the loss curves at a model's weights, from gradients on the FX twin (needs the extra `torch`).
 
 The loss is that of `loss`: KL to the model's own output, or normalised squared error. At the float weights its
-gradient is exactly zero, and its Hessian is the Fisher information F = E[g g^T], where g is the gradient of the log
-likelihood of an answer that is *drawn from the model's own output* (for squared errors: of a random projection of
-the output). Two estimates of it:
+gradient is exactly zero, so there are no gradients of it to square; its Hessian is the Fisher information of the
+model's own answers, F = E[g g^T] with g the gradient of a random projection of the output (`JudgedTwin.scores`).
+Two estimates of it:
 
 `fisher`: the diagonal, one backward pass a sample; a loss of 1/2 sum g^2 dW^2 (as FGMP weighs its blocks).
 `hessian_traces`: the trace of each site's block by Hutchinson's E[z^T H z], z of random signs, with two backward
@@ -100,10 +100,10 @@ def fisher(
         model: float, with calibration data; the result is cached if it has a cache.
         sites: of `model`.
         samples: of the calibration data, at most.
-        draws: answers drawn for each sample, a backward pass each.
+        draws: projections of each sample, a backward pass each.
         block: average over so many neighbouring columns, which takes less memory.
         kinds: how to judge an output, where `loss.output_kind` should not decide.
-        seed: of the drawn answers.
+        seed: of the projections.
         progress: shows how far and how long.
 
     Raises:

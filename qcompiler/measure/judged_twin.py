@@ -85,8 +85,8 @@ class JudgedTwin:
     def scores(self, feeds: Feeds, generator: torch.Generator, draws: int) -> Iterator[torch.Tensor]:
         """Random numbers whose gradients g have E[g g^T] = the Hessian of a batch's `loss`.
 
-        The log likelihood of answers drawn from the output, over the root of their number; or the product of the
-        output with random signs.
+        The product of random signs with the output, for classes with sqrt(p) ln p of each. The gradient of the log
+        likelihood of a drawn class has the same second moment, but rare classes make it stray far more.
         """
         import torch
 
@@ -94,14 +94,14 @@ class JudgedTwin:
         for _ in range(draws):
             total = torch.zeros(())
             for name, kind in self.kinds.items():
-                output = outputs[name]
                 if kind == "values":
-                    signs = torch.randint(0, 2, output.shape, generator=generator).to(output.dtype) * 2 - 1
-                    total = total + (output * signs).sum() * np.sqrt(2 / (self._power[name] * self.count(feeds)))
+                    output = outputs[name]
+                    size = self._power[name] * self.count(feeds) / 2
                 else:
-                    log = self._log(name, output)
-                    drawn = torch.multinomial(log.detach().exp(), 1, generator=generator)
-                    total = total + log.gather(1, drawn).sum() / np.sqrt(len(log))
+                    log = self._log(name, outputs[name])
+                    output, size = log.detach().exp().sqrt() * log, len(log)
+                signs = torch.randint(0, 2, output.shape, generator=generator).to(output.dtype) * 2 - 1
+                total = total + (output * signs).sum() / np.sqrt(size)
             yield total
 
     def _run(self, feeds: Feeds) -> dict[str, torch.Tensor]:
