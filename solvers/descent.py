@@ -37,11 +37,13 @@ class Descent:
         self.spread = np.where(spread > 0, spread, 1.0)
 
     def repair(self, choice: Choice) -> Choice | None:
-        """Make a choice feasible by the moves that cost least loss per excess removed; None if stuck."""
+        """Make a choice feasible by the moves that cost least loss per excess removed; None if stuck or late."""
         choice = choice.copy()
         for _ in range(self.problem.loss.size + 1):
             if self.problem.feasible(choice):
                 return choice
+            if self.problem.units > NEAREST and time.monotonic() > self.deadline:
+                return None  # a move of a large problem takes seconds
             loss, cost, room = self._moves(choice)
             excess = np.maximum(-room, 0) / self.spread
             left = np.maximum(cost - room[:, None, None], 0) / self.spread[:, None, None]

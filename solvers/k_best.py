@@ -90,7 +90,7 @@ def _neighbours(problem: Problem, best: Solution, count: int) -> list[Choice]:
     priced = problem.loss + sum(price * problem.costs[name] for name, price in best.multipliers.items())
     reduced = priced - priced[index, now][:, None]
     reduced[index, now] = np.inf
-    size = min(max(_MOVES, 2 * count), reduced.size)
+    size = min(max(_MOVES, 4 * math.isqrt(count)), reduced.size)
     moves = np.argpartition(reduced, size - 1, axis=None)[:size] if size else np.zeros(0, np.intp)
     moves = np.sort(moves[np.isfinite(reduced.ravel()[moves])])
     unit, option = np.unravel_index(moves, reduced.shape)
@@ -130,7 +130,7 @@ def _enumerated(search: _Search, count: int) -> list[Solution]:
 
 
 def _by_program(search: _Search, count: int, until: float) -> list[Solution]:
-    problem, found = search.problem, list[Solution]()
+    problem, found, unproven = search.problem, list[Solution](), list[Choice]()
     bound = search.bound
     while len(found) < count:
         answer = solve_core(problem, search.options, until, excluded=[s.choice for s in found])
@@ -144,17 +144,19 @@ def _by_program(search: _Search, count: int, until: float) -> list[Solution]:
         if answer.choice is None:
             break
         objective = problem.objective(answer.choice)
-        if objective - bound > allowance(problem, search.options, objective):  # a known one may be better
+        if objective - bound > allowance(problem, search.options, objective):
+            unproven = [answer.choice]
             break
         found.append(_solution(search, answer.choice, bound, "optimal"))
-    return _completed(search, found, count, bound)
+    known = sorted([*search.known, *unproven], key=problem.objective)
+    return _completed(replace(search, known=known), found, count, bound)
 
 
 def _completed(search: _Search, found: list[Solution], count: int, bound: float) -> list[Solution]:
     """The list filled up with known choices; `bound` holds for all that are not in `found`."""
     have = {tuple(s.choice.tolist()) for s in found}
-    rest = [choice for choice in search.known if tuple(choice.tolist()) not in have]
-    for choice in rest[: count - len(found)]:
+    rest = {key: choice for choice in search.known if (key := tuple(choice.tolist())) not in have}
+    for choice in list(rest.values())[: count - len(found)]:
         solution = _solution(search, choice, bound, "feasible")
         near = solution.objective - solution.bound <= allowance(search.problem, search.options, solution.objective)
         found.append(replace(solution, status="optimal" if near else "feasible"))

@@ -32,8 +32,8 @@ def least_cost(
         A solution whose `objective` and `bound` are amounts of the resource. Its prices belong to `exchanged`.
 
     Raises:
-        InfeasibleProblem: no choice is that good; `least["loss"]` is the least loss within the other budgets (a
-            proven bound of it).
+        InfeasibleProblem: no choice is that good; `least["loss"]` is the least loss within the other budgets, or a
+            proven bound of it where that is not known exactly.
         ValueError: no such resource, a limit that is not finite, terms that the method does not take.
     """
     turned, name = exchanged(problem, resource, most_loss)
@@ -42,7 +42,8 @@ def least_cost(
     except InfeasibleProblem as error:
         others = {n: b for n, b in problem.budgets.items() if n != resource}
         reached = solve(replace(problem, budgets=others), method, deadline)  # raises if these alone exclude each other
-        raise InfeasibleProblem({**error.least, name: reached.bound}, turned.budgets) from None
+        least = reached.objective if reached.status == "optimal" else max(reached.bound, most_loss)
+        raise InfeasibleProblem({**error.least, name: least}, turned.budgets) from None
 
 
 def exchanged(problem: Problem, resource: str, most_loss: float) -> tuple[Problem, str]:

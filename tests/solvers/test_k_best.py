@@ -10,8 +10,9 @@ import pytest
 
 from qcompiler.solvers import k_best as module
 from qcompiler.solvers.certificate import check
+from qcompiler.solvers.ilp import Answer
 from qcompiler.solvers.k_best import k_best
-from qcompiler.solvers.problem import InfeasibleProblem, Problem
+from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem, Solution
 from tests.solvers.test_solvers import larger_problem, random_problem
 
 
@@ -46,7 +47,7 @@ def against_enumeration(rng: np.random.Generator, instances: int) -> None:
     assert feasible > 0.6 * instances
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 def test_enumerated(seed: int) -> None:
     against_enumeration(np.random.default_rng(seed), 250)
 
@@ -86,6 +87,34 @@ def test_out_of_time_or_too_large_answers_are_marked(monkeypatch: pytest.MonkeyP
             assert solution.bound <= optimum * (1 + 1e-9)
             assert solution.objective >= optimum * (1 - 1e-6)
             assert solution.status == "feasible"
+
+
+def test_a_choice_that_is_not_proven_is_still_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the Lagrangian solver finds nothing and the program is stopped with a choice and a low bound."""
+
+    def stopped(problem: Problem, *arguments: object, **options: object) -> Answer:
+        return Answer(np.array([1, 0, 0]), -5.0, False)
+
+    def lost(problem: Problem, deadline: float) -> Solution:
+        raise NoChoiceFound("none")
+
+    monkeypatch.setattr(module, "_ENUMERATED", 0)
+    monkeypatch.setattr(module, "solve_core", stopped)
+    monkeypatch.setattr(module, "solve_lagrangian", lost)
+    problem = Problem.ragged([[1.0, 0.0]] * 3, {"bits": [[1.0, 2.0]] * 3}, {"bits": 5.0})
+    (found,) = k_best(problem, 3)
+    assert (found.objective, found.bound, found.status) == (2.0, -5.0, "feasible")
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_scaling_losses_or_costs_changes_nothing(factor: float) -> None:
+    problem = larger_problem(np.random.default_rng(5), 20)
+    reference = [s.objective for s in k_best(problem, 4)]
+    louder = k_best(replace(problem, loss=problem.loss * factor), 4)
+    assert [s.objective for s in louder] == pytest.approx([v * factor for v in reference], rel=1e-6)
+    costs, budgets = {"bits": problem.costs["bits"] * factor}, {"bits": problem.budgets["bits"] * factor * (1 + 1e-12)}
+    dearer = k_best(replace(problem, costs=costs, budgets=budgets), 4)
+    assert [s.objective for s in dearer] == pytest.approx(reference, rel=1e-6)
 
 
 def test_fewer_choices_than_asked_for() -> None:

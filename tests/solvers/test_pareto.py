@@ -20,7 +20,7 @@ from tests.solvers.test_solvers import larger_problem, optimum, random_problem
 def test_against_enumeration(seed: int) -> None:
     rng = np.random.default_rng(seed)
     compared = 0
-    for _ in range(12):
+    for _ in range(8):
         problem = random_problem(rng)
         try:
             points = pareto(problem, "bytes")
@@ -46,6 +46,18 @@ def test_default_amounts_go_from_the_cheapest_to_the_best_choice() -> None:
     assert points[-1].loss == pytest.approx(ends[-1].loss)
     assert np.ptp(np.diff([p.amount for p in points])) < 1e-6 * points[-1].amount
     assert all(p.gap < 1e-5 for p in points)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_scaling_losses_or_costs_scales_the_path(factor: float) -> None:
+    problem = larger_problem(np.random.default_rng(5), 20)
+    reference = [p.loss for p in pareto(problem, "bits", np.linspace(2.5e6, 7e6, 5))]
+    assert len(reference) > 2
+    louder = pareto(replace(problem, loss=problem.loss * factor), "bits", np.linspace(2.5e6, 7e6, 5))
+    assert [p.loss for p in louder] == pytest.approx([v * factor for v in reference], rel=1e-6)
+    dearer = replace(problem, costs={"bits": problem.costs["bits"] * factor})
+    points = pareto(dearer, "bits", np.linspace(2.5e6, 7e6, 5) * factor * (1 + 1e-12))
+    assert [p.loss for p in points] == pytest.approx(reference, rel=1e-6)
 
 
 def bad_solver(problem: Problem) -> Solution:
