@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -15,7 +16,7 @@ from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused
 from qcompiler.graph.sites import Site
 from qcompiler.measure.bops import site_bops, site_macs
 from qcompiler.measure.cache import Cache, fingerprint
-from qcompiler.measure.latency import Times, clock_of
+from qcompiler.measure.latency import Times, clock_of, preemptions
 from qcompiler.measure.shapes import site_shapes
 from qcompiler.model import Model
 from qcompiler.passes.plan.ledger import Ledger, Priced
@@ -29,6 +30,7 @@ Solve = Callable[[Ledger, Sequence[Budget]], Solution]
 Ties = Sequence[tuple[int, ...]]
 _TRIES = 3  # artifacts built to meet a latency
 _UNUSED = 0.05  # share of a latency that may stay unused
+_BUSY = 20  # times a second that a process loses the processor, where a machine has more work than processors
 _STEPS = 12  # of the search for the fewest bit operations at a given loss: 1/4096 of the range
 
 
@@ -96,8 +98,13 @@ class Measured:
             The solution of least loss whose artifact is fast enough, else the one that is least too slow, and the
             ledger with the fixed part as measured on it.
         """
-        if not self.timed:
-            return ledger, solution
+        if self.timed:
+            ledger, solution = self._keep_to_latency(ledger, solution, solve)
+        if "bops" in ledger.priced:
+            self.facts["bops"] = ledger.priced["bops"].fixed + _sum(ledger.priced["bops"].costs, solution.choice)
+        return ledger, solution
+
+    def _keep_to_latency(self, ledger: Ledger, solution: Solution, solve: Solve) -> tuple[Ledger, Solution]:
         tried: list[tuple[float, float, Ledger, Solution]] = []
         for _ in range(_TRIES):
             ledger, over = self._try(ledger, solution)
@@ -116,15 +123,21 @@ class Measured:
         return ledger, solution
 
     def seconds(self, ledger: Ledger, choices: Sequence[Choice], budget: Budget) -> list[float]:
-        """Measured seconds of the artifacts of some choices, timed in turns; kept in the model's cache."""
+        """Measured seconds of the artifacts of some choices, timed in turns.
+
+        They are kept in the model's cache, unless other processes took the processor all the time.
+        """
         plans, feeds = [_plan(ledger, choice) for choice in choices], self._feeds(budget.batch)
         key = Cache.key("trial", 1, self._machine, self._fingerprint, [str(plan.to_json()["sites"]) for plan in plans],
                         [f"{name}{array.shape}" for name, array in sorted(feeds.items())])  # fmt: skip
         known = None if self.model.cache is None else self.model.cache.get(key)
         if known is not None:
             return [float(value) for value in known["seconds"]]
+        before, start = preemptions(), time.monotonic()
         found = trial_seconds(self.model, plans, self.backend, feeds, self.progress)
-        if self.model.cache is not None:
+        if preemptions() - before > _BUSY * (time.monotonic() - start):
+            self.progress.note("allocate: the machine is busy, so that latencies may look longer than they are")
+        elif self.model.cache is not None:
             self.model.cache.put(key, {"seconds": np.array(found)})
         return found
 

@@ -95,6 +95,7 @@ class Bench:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     made = Bench()
     monkeypatch.setattr(measured, "trial_seconds", made.seconds)
+    monkeypatch.setattr(measured, "preemptions", lambda: 0)
     monkeypatch.setattr(latency, "interleaved", lambda runs, *_: {work: work[1] * PARTS[work[0]] for work in runs})
     return made
 
@@ -142,6 +143,8 @@ def test_bit_operations_are_counted_by_hand_and_kept_to(bench: Bench) -> None:
     solution = solving(ledger, work.budgets)
     assert ledger.problem(LOSSES, work.budgets, ()).used(solution.choice, "bops") <= 8000
     assert solution.objective == least_loss(costs, 8000)
+    assert work.confirm(ledger, solution, solving) == (ledger, solution)
+    assert work.facts == {"bops": ledger.problem(LOSSES, work.budgets, ()).used(solution.choice, "bops")}
     assert bench.built == []
 
 
@@ -291,6 +294,20 @@ def test_neither_kernels_nor_artifacts_are_timed_twice(bench: Bench, tmp_path: P
     assert np.array_equal(answer(again, ledger)[1].choice, solution.choice)
     assert again.facts == work.facts
     assert len(bench.built) == count
+
+
+def test_what_a_busy_machine_takes_is_told_and_not_kept(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "preemptions", itertools.count(step=1000).__next__)
+    notes: list[str] = []
+    for _ in range(2):
+        work, ledger = parts_of("8ms")
+        monkeypatch.setattr(work.progress, "note", notes.append)
+        work.model.cache = Cache(tmp_path)
+        work.price(ledger, ())
+    assert len(bench.built) == 2
+    assert sum("the machine is busy" in note for note in notes) == 2
 
 
 def test_another_model_is_timed_anew(bench: Bench, tmp_path: Path) -> None:
