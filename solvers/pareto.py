@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,7 +41,7 @@ class ParetoPoint:
 def pareto(
     problem: Problem,
     resource: str,
-    amounts: Sequence[float] | None = None,
+    amounts: Iterable[float] | None = None,
     solve: Callable[[Problem], Solution] = solve_any,
 ) -> list[ParetoPoint]:
     """Solve for every amount of a resource, cheapest first; the other budgets stay.

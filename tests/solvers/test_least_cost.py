@@ -97,3 +97,18 @@ def test_separable_solvers_refuse_quadratic_problems() -> None:
 def test_refusals(resource: str, limit: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         least_cost(larger_problem(np.random.default_rng(0), 2), resource, limit)
+
+
+def test_quadratic_problems_against_enumeration() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(4):
+        loss = np.sort(rng.uniform(0, 1, (3, 3)), axis=1)[:, ::-1]
+        cost = np.sort(rng.integers(1, 20, (3, 3)).astype(float), axis=1)
+        half = np.triu(rng.normal(0, 0.2, (9, 9)), 1) * (np.arange(9)[:, None] // 3 != np.arange(9) // 3)
+        problem = Problem(loss, {"b": cost}, {}, cross=half + half.T)
+        losses = [problem.objective(c) for c in choices(problem)]
+        limit = float(rng.uniform(min(losses), max(losses)))
+        expected = min(problem.used(c, "b") for c in choices(problem) if problem.objective(c) <= limit)
+        solution = least_cost(problem, "b", limit, deadline=5.0)
+        assert solution.bound <= expected == solution.objective
+        assert problem.objective(solution.choice) <= limit
