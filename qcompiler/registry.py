@@ -36,6 +36,9 @@ SOLVERS: dict[str, str] = {
     "lagrangian": "qcompiler.solvers.knapsack:solve_lagrangian",
     "ilp": "qcompiler.solvers.ilp:solve_ilp",
     "quadratic": "qcompiler.solvers.quadratic:solve_quadratic",
+    "metropolis": "qcompiler.solvers.metropolis:solve_metropolis",
+    "soft-mixture": "qcompiler.solvers.soft_mixture:solve_soft_mixture",
+    "policy-search": "qcompiler.solvers.policy_search:solve_policy_search",
 }
 BACKENDS: dict[str, str] = {
     "onnx": "qcompiler.backends.onnx.backend:OnnxBackend",

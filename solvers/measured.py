@@ -80,10 +80,6 @@ class Measured:
         loss, over, _ = self._measured(choice)
         return loss, over
 
-    def spare(self, choice: Choice) -> float:
-        """What is left of the tightest budget, relative to the spread of costs; negative if over; inf without one."""
-        return float((self._measured(choice)[2] / self.spread).min(initial=math.inf))
-
     def start(self) -> Choice:
         """The uniform choice of least loss within the budgets; else a repaired one; else one that costs little."""
         allowed = self.problem.allowed
@@ -171,11 +167,17 @@ class Measured:
                 return moved
         return None
 
-    def offer(self, choice: Choice) -> None:
-        """Remember a choice if it is feasible and the best so far."""
-        loss, over = self.measure(choice)
+    def offer(self, choice: Choice) -> tuple[float, float, float]:
+        """Remember a choice if it is feasible and the best so far.
+
+        Returns:
+            Its loss; how far over the budgets it is (as `measure`); what it leaves of the tightest budget, relative to
+            the spread of costs (negative if over, inf without budgets).
+        """
+        loss, over, room = self._measured(choice)
         if over == 0 and loss < self.best_loss:
             self.best, self.best_loss = choice.copy(), loss
+        return loss, over, float((room / self.spread).min(initial=math.inf))
 
     def solution(self, method: str) -> Solution:
         """The best choice seen; NoChoiceFound if there is none."""

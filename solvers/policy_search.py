@@ -6,9 +6,10 @@ caller has them) and the share of the budget that is left, and draws the unit's 
 bonus for budget left over where it is not, and a cliff over the budget.
 
 RAMP trains by soft actor-critic, off-policy, with a continuous action that is rounded to a number of bits. Here the
-policy is a softmax over the options, linear in the features, trained by the policy gradient (REINFORCE, Adam, the
-rewards' ranks in their batch as advantages, an entropy bonus that fades): rewards from tables cost microseconds, so there is nothing that
-old episodes need to be kept for, and no critic to train; options need no order.
+policy is a softmax over the options, linear in the features, trained by the policy gradient (REINFORCE with Adam, the
+rewards' ranks in their batch as advantages, an entropy bonus that fades): rewards from tables cost microseconds, so
+there is nothing that old episodes need to be kept for, and no critic to train; options need no order. The best episodes
+are finished by local search, as what a policy leaves of a budget is seldom nothing.
 
 A separable problem's integer program finds better choices in less time. What the policy adds is that it transfers:
 trained on one problem, it allocates another with the same features and options in one pass (`PolicySearch`).
@@ -17,6 +18,7 @@ trained on one problem, it allocates another with the same features and options 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,7 @@ _BONUS = 0.02
 _BATCH = 64
 _RATE = 0.03
 _ENTROPY = 0.3
+_LOOKS = 16  # times in a training that local search finishes a batch's best episode
 _DRAWS = 64  # episodes that `solve` draws besides the likeliest
 
 
@@ -57,7 +60,7 @@ def solve_policy_search(
     """
     measured = Measured(problem, deadline)
     policy = PolicySearch(seed=seed)
-    policy.learn(measured, features, episodes)
+    policy.learn([(measured, features)], episodes)
     policy.draw(measured, features)
     return measured.solution("policy-search")
 
@@ -67,23 +70,23 @@ def reward(loss: float, over: float, spare: float, best: float, uniform: float) 
 
     Args:
         loss: of the choice.
-        over: above 0 if it exceeds a budget.
+        over: by how much it exceeds the budgets, relative to the spread of costs; 0 if it does not.
         spare: share of the budget left over, in 0 to 1.
         best: the loss that counts as perfect quality.
         uniform: the loss of the uniform choice; the unit of quality is uniform - best.
     """
     worse = min(max(loss - best, 0.0) / max(uniform - best, 1e-300), _WORST)
     quality = -worse if loss <= uniform else -3 * worse
-    if over > 0:
-        return quality + _CLIFF
+    if over > 0:  # what it loses does not count; the cliff slopes towards the budget, or a policy over it stays there
+        return _CLIFF * (1 + over)
     return quality + _BONUS * spare if loss <= uniform else quality
 
 
 def default_features(problem: Problem) -> Floats:
-    """What the tables of a problem without ties tell of its units: float64 [units, 3 + options].
+    """What the tables of a problem without ties tell of its units: float64 [units, 4 + options].
 
-    Logarithms of the spread of losses and of costs, relative to the problem's mean; depth; the shape of the losses over
-    the options. None depends on the scale of losses or costs.
+    Logarithms of the spread of losses and of costs, relative to the problem's mean, their difference squared; depth;
+    the shape of the losses over the options. None depends on the scale of losses or costs.
     """
     allowed = problem.allowed
     low = np.where(allowed, problem.loss, np.inf).min(axis=1, keepdims=True, initial=np.inf)
@@ -95,9 +98,10 @@ def default_features(problem: Problem) -> Floats:
         most, least = (np.where(allowed, cost, fill) for fill in (-np.inf, np.inf))
         extra = most.max(axis=1, initial=-np.inf) - least.min(axis=1, initial=np.inf)
         size += extra / (extra.sum() or 1.0)
+    value, price = _centred_logs(spread), _centred_logs(size)
     depth = np.linspace(-1, 1, problem.units)
     shape = np.log10(1e-3 + above / np.where(spread > 0, spread, 1.0)[:, None])
-    return np.column_stack([_centred_logs(spread), _centred_logs(size), depth, np.where(allowed, shape, 0.0)])
+    return np.column_stack([value, price, (value - price) ** 2, depth, np.where(allowed, shape, 0.0)])
 
 
 class PolicySearch:
@@ -115,14 +119,25 @@ class PolicySearch:
 
     def train(
         self,
-        problem: Problem,
+        problems: Problem | Sequence[Problem],
         deadline: float = 60.0,
         *,
-        features: npt.ArrayLike | None = None,
+        features: Sequence[npt.ArrayLike] | None = None,
         episodes: int = 12800,
     ) -> None:
-        """Improve the policy on a problem. Arguments and errors as in `solve_policy_search`."""
-        self.learn(Measured(problem, deadline), features, episodes)
+        """Improve the policy on one problem, or on several in turn, which makes it transfer better.
+
+        Args:
+            problems: what to train on.
+            deadline: seconds, in all.
+            features: one array for each problem, as in `solve_policy_search`.
+            episodes: in all.
+        """
+        given = [problems] if isinstance(problems, Problem) else list(problems)
+        tables = [None] * len(given) if features is None else list(features)
+        if not given or len(tables) != len(given):
+            raise ValueError(f"{len(given)} problems to train on, {len(tables)} tables of features")
+        self.learn([(Measured(p, deadline), t) for p, t in zip(given, tables, strict=True)], episodes)
 
     def solve(self, problem: Problem, deadline: float = 60.0, *, features: npt.ArrayLike | None = None) -> Solution:
         """Allocate a problem without training on it: the best of the likeliest episode and of a few drawn ones.
@@ -130,44 +145,50 @@ class PolicySearch:
         Options that leave no room for the remaining units' cheapest are not drawn. Errors as in
         `solve_policy_search`, and ValueError for a policy that is not trained.
         """
-        if self.weights is None:
-            raise ValueError("train the policy first, or give it weights")
+        self._weights()
         measured = Measured(problem, deadline)
         self.draw(measured, features)
         return measured.solution("policy-search")
 
-    def learn(self, measured: Measured, features: npt.ArrayLike | None, episodes: int) -> None:
-        """`train` on a measured problem, which remembers the best episode."""
+    def learn(self, lessons: Sequence[tuple[Measured, npt.ArrayLike | None]], episodes: int) -> None:
+        """`train` on measured problems with their features; they remember the best episode."""
         if episodes < 1:
             raise ValueError("at least one episode is needed")
-        course = self._course(measured, features)
-        start = measured.start()
-        measured.offer(start)
-        uniform = measured.measure(start)[0]
-        best = float(measured.estimate.loss.min(axis=1).sum())
-        assert self.weights is not None
-        first, second = np.zeros_like(self.weights), np.zeros_like(self.weights)
+        courses = [self._course(measured, features) for measured, features in lessons]
+        weights = self._weights()
+        first, second = np.zeros_like(weights), np.zeros_like(weights)
         batches = math.ceil(episodes / _BATCH)
+        looks = max(1, batches // len(courses) // _LOOKS)
         for batch in range(batches):
-            if measured.late:
+            course = courses[batch % len(courses)]
+            if course.measured.late:
                 break
-            choices, trace = course.run(self.weights, _BATCH, self._rng)
-            rewards = np.array([_rewarded(measured, choice, best, uniform) for choice in choices])
+            choices, trace = course.run(weights, _BATCH, self._rng)
+            rewards = np.array([course.rewarded(choice) for choice in choices])
+            if batch // len(courses) % looks == 0:
+                _finish(course.measured, choices[int(rewards.argmax())])
             slope = trace.slope(_ranked(rewards), _ENTROPY * (1 - batch / batches))
             first, second = 0.9 * first + 0.1 * slope, 0.99 * second + 0.01 * slope**2
             unbiased = first / (1 - 0.9 ** (batch + 1))
-            self.weights = self.weights + _RATE * unbiased / (np.sqrt(second / (1 - 0.99 ** (batch + 1))) + 1e-12)
+            weights = weights + _RATE * unbiased / (np.sqrt(second / (1 - 0.99 ** (batch + 1))) + 1e-12)
+        self.weights = weights
+
+    def _weights(self) -> Floats:
+        if self.weights is None:
+            raise ValueError("train the policy first, or give it weights")
+        return self.weights
 
     def draw(self, measured: Measured, features: npt.ArrayLike | None) -> None:
         """`solve` on a measured problem, which remembers the best episode."""
-        course = self._course(measured, features)
-        assert self.weights is not None
-        likeliest, _ = course.run(self.weights, 1, None, within=True)
-        drawn, _ = course.run(self.weights, _DRAWS, self._rng, within=True)
+        course, weights = self._course(measured, features), self._weights()
+        likeliest, _ = course.run(weights, 1, None, within=True)
+        drawn, _ = course.run(weights, _DRAWS, self._rng, within=True)
         for choice in [*likeliest, *drawn]:
             feasible = measured.repair(choice)
             if feasible is not None:
                 measured.offer(feasible)
+        if measured.best is not None:
+            _finish(measured, measured.best)
 
     def _course(self, measured: Measured, features: npt.ArrayLike | None) -> _Course:
         """The problem with its features, checked; weights of zeros if there are none yet."""
@@ -192,17 +213,18 @@ class PolicySearch:
         return _Course(measured, table)
 
 
+def _finish(measured: Measured, choice: Choice) -> None:
+    """Repair and improve one episode by local search: it counts as found, but is not learned from."""
+    feasible = measured.repair(choice)
+    if feasible is not None:
+        measured.offer(measured.improved(feasible))
+
+
 def _ranked(rewards: Floats) -> Floats:
     """Ranks from -1 to 1, equal ones for equal rewards: the baseline is the batch's median, and no cliff drowns it."""
     order = np.sort(rewards)
     ranks = np.searchsorted(order, rewards, side="left") + np.searchsorted(order, rewards, side="right") - 1
     return ranks / max(len(rewards) - 1, 1) - 1.0
-
-
-def _rewarded(measured: Measured, choice: Choice, best: float, uniform: float) -> float:
-    measured.offer(choice)
-    loss, over = measured.measure(choice)
-    return reward(loss, over, min(max(measured.spare(choice), 0.0), 1.0), best, uniform)
 
 
 class _Trace:
@@ -223,7 +245,7 @@ class _Course:
     """Passes over a problem's units, many at once."""
 
     def __init__(self, measured: Measured, features: Floats) -> None:
-        self.features, self.problem = features, measured.problem
+        self.measured, self.features, self.problem = measured, features, measured.problem
         estimate = measured.estimate
         allowed = self.problem.allowed
         costs = np.array([estimate.costs[name] for name in measured.names]).reshape(len(measured.names), *allowed.shape)
@@ -232,6 +254,15 @@ class _Course:
         self.room = measured.budget - least.sum(axis=1)
         most = self.extra.max(axis=2, initial=0.0)
         self.remaining = np.cumsum(most[:, ::-1], axis=1)[:, ::-1]  # what the units from here on can use
+
+        start = measured.start()
+        self.uniform = measured.offer(start)[0]
+        self.best = float(estimate.loss.min(axis=1, initial=np.inf).sum())
+
+    def rewarded(self, choice: Choice) -> float:
+        """The reward of one episode, which `measured` remembers if it is the best."""
+        loss, over, spare = self.measured.offer(choice)
+        return reward(loss, over, min(max(spare, 0.0), 1.0), self.best, self.uniform)
 
     def run(
         self, weights: Floats, batch: int, rng: np.random.Generator | None, within: bool = False

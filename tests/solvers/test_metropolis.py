@@ -13,6 +13,7 @@ from qcompiler.solvers.ilp import solve_ilp
 from qcompiler.solvers.measured import lower_estimate
 from qcompiler.solvers.metropolis import solve_metropolis
 from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem, without_ties
+from qcompiler.solvers.solve import solve
 from tests.solvers.toys import ONE_OPTION, QUADRATIC, feasible_choices, layers
 
 
@@ -157,3 +158,11 @@ def test_meaningless_measurements_are_refused() -> None:
 
 def test_nothing_to_choose() -> None:
     assert solve_metropolis(Problem(np.zeros((0, 1)), {}, {})).choice.size == 0
+
+
+@pytest.mark.parametrize("method", ["metropolis", "soft-mixture", "policy-search"])
+def test_found_by_name(method: str) -> None:
+    problem = layers(8, units=5)
+    found = solve(problem, method)
+    assert found.method == method
+    assert found.objective <= 1.02 * solve_ilp(problem).objective
