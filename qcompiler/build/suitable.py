@@ -12,7 +12,10 @@ _RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "Rand
 
 
 def check_suitable(model: Model, backend: Backend) -> None:
-    """Raise BadModel for a model that gives different outputs for the same inputs, or that `backend` refuses."""
+    """Raise BadModel for a model without inputs, with outputs that differ for equal inputs, or that `backend` refuses."""
+    if not any(value.name not in model.graph.initializers for value in model.graph.inputs):
+        what = "the model has no inputs: its outputs are constants, and there is nothing to compile"
+        raise BadModel(what, model.name, "export the model with its inputs")
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.domain in ("", "ai.onnx") and _is_random(node):
             raise BadModel(

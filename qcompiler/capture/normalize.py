@@ -141,6 +141,7 @@ def _bring_inside(model: ir.Model) -> None:
 
 
 def _simplify(model: ir.Model) -> None:
+    inputs = [str(value.name) for value in model.graph.inputs]
     ir.passes.Sequential(
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.ShapeInferencePass(check_type=False, strict_mode=False),
@@ -159,11 +160,25 @@ def _simplify(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.OutputFixPass(),
     )(model)
+    _give_inputs_their_names(model, inputs)
     _give_subgraphs_their_outputs(model)
     ir.passes.Sequential(
         common.NameFixPass(),
         common.ShapeInferencePass(check_type=False, strict_mode=False),
     )(model)
+
+
+def _give_inputs_their_names(model: ir.Model, names: list[str]) -> None:
+    """Let an input be an output again, as runtimes take it: the Identity between them would need the input's name."""
+    graph = model.graph
+    for value, name in zip(graph.inputs, names, strict=True):
+        if value.name != name:
+            index = next(i for i, output in enumerate(graph.outputs) if output.name == name)
+            identity = graph.outputs[index].producer()
+            assert identity is not None
+            graph.outputs[index] = value
+            graph.remove(identity, safe=True)
+            value.name = name
 
 
 def _give_subgraphs_their_outputs(model: ir.Model) -> None:

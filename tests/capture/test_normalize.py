@@ -249,3 +249,12 @@ def test_a_step_that_the_libraries_skip_is_not_logged_to_stderr(tmp_path: Path) 
     code = "import sys, qcompiler; print(len(qcompiler.load(sys.argv[1]).graph))"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+def test_an_input_that_is_also_an_output_keeps_its_name(tmp_path: Path) -> None:
+    proto = m.model([oh.make_node("MatMul", ["x", "w"], ["y"])], [m.tensor("w", 200, 8)])
+    proto.graph.output.append(oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 200]))
+    captured = assert_same(proto, tmp_path)
+    assert [v.name for v in captured.graph.inputs] == ["x"]
+    assert [v.name for v in captured.graph.outputs] == ["y", "x"]
+    assert ops(captured) == {"MatMul": 1}
