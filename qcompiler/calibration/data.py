@@ -183,9 +183,16 @@ class Calibration:
 
     def spread(self, count: int) -> Calibration:
         """At most `count` samples, evenly spread over the data: first and last are among them."""
-        if count >= self.count:
-            return self
-        chosen = np.linspace(0, self.count - 1, max(count, 1)).round().astype(int)
+        return self if count >= self.count else self._pick(self._spread(count))
+
+    def without_spread(self, count: int) -> Calibration:
+        """The samples that `spread(count)` leaves out."""
+        return self._pick(np.setdiff1d(np.arange(self.count), self._spread(count)))
+
+    def _spread(self, count: int) -> npt.NDArray[np.int_]:
+        return np.linspace(0, self.count - 1, max(min(count, self.count), 1)).round().astype(int)
+
+    def _pick(self, chosen: npt.NDArray[np.int_]) -> Calibration:
         kept: list[Block] = []
         for block in self.blocks:
             here = tuple(int(i) for i in chosen if 0 <= i < block.count)

@@ -1,4 +1,9 @@
-"""Which samples the losses of a model are measured on: the same for single changes, pairs and whole allocations."""
+"""Which samples the losses of a model are measured on: the same for single changes, pairs and whole allocations.
+
+They are spread over the data: neighbouring samples are often parts of one photograph or text. (mobilenet_v2, 25
+allocations: the loss on the first 16 of 256 crops is .72 times that on 64 others, on the next 16 it is .12 times, on
+16 spread ones 1.04 times.)
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ _LEAST_ROWS, _MOST_ELEMENTS = 128, 1 << 24  # fewer rows where there are many cl
 
 @dataclass(frozen=True)
 class Samples:
-    """The first samples of calibration data, as batches.
+    """Samples of calibration data, evenly spread, as batches.
 
     Attributes:
         used: how many samples.
@@ -38,7 +43,7 @@ class Samples:
 
     def batches(self, model: ir.Model, data: Calibration) -> list[Mapping[str, npt.NDArray[Any]]]:
         """The feeds of every batch."""
-        return [shortened(model, feeds, self.length) for feeds in data.batches(self.batch, self.used)]
+        return [shortened(model, feeds, self.length) for feeds in data.spread(self.used).batches(self.batch)]
 
 
 def choose_samples(

@@ -78,7 +78,7 @@ class TrueLoss:
         self._feeds = chosen.batches(model.ir, own)
         self.used, self.runs = chosen.used, 0
         facts = (own.fingerprint, chosen.used, chosen.length, sorted((kinds or {}).items()))
-        self._key = measurement_key(model, "true loss", *facts) if model.cache is not None else None
+        self._key = measurement_key(model, "true loss", "spread", *facts) if model.cache is not None else None
         self._weights = QuantizedWeights(self._sites, self._specs, memory)
         self._here = [[i for i, s in enumerate(sites) if s.weight.name in segment.weights] for segment in self._chain]
         self._ready: dict[int, tuple[Boundary, Reference]] = {}
@@ -199,11 +199,10 @@ def held_back(model: Model, used: int) -> Calibration | None:
 
     Args:
         model: with calibration data.
-        used: how many were used (`Sensitivity.samples`, `TrueLoss.used`): the first ones.
+        used: how many were used (`Sensitivity.samples`, `TrueLoss.used`).
     """
-    data = calibration_of(model)
-    rest = data.part(used, min(data.count, used + max(used, PARTS)))
-    return rest if rest.count >= PARTS else None
+    rest = calibration_of(model).without_spread(used)
+    return rest.spread(max(used, PARTS)) if rest.count >= PARTS else None
 
 
 def _unique(rows: Sequence[Sequence[QuantSpec | None]]) -> tuple[list[list[QuantSpec]], list[list[int]]]:

@@ -46,7 +46,7 @@ def network(classes: int, relu: bool, samples: int = 64) -> Model:
 
 def feeds_of(model: Model, count: int) -> dict[str, np.ndarray]:
     assert model.calibration is not None
-    return next(iter(model.calibration.batches(count, count)))
+    return next(iter(model.calibration.spread(count).batches(count)))
 
 
 def kl(reference: np.ndarray, outputs: np.ndarray) -> float:
