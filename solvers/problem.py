@@ -156,6 +156,7 @@ class Solution:
         multipliers: resource -> price >= 0, the dual vector with which `certificate.check` recomputes a bound.
         messages: with pair terms, float64 [merged units, options, merged units] that go with the prices
             (`messages.bound`).
+        alternatives: other good choices met on the way, best first.
     """
 
     choice: Choice
@@ -166,6 +167,7 @@ class Solution:
     seconds: float
     multipliers: Mapping[str, float] = field(default_factory=dict[str, float])
     messages: Floats | None = None
+    alternatives: tuple[Choice, ...] = ()
 
     @property
     def gap(self) -> float:

@@ -23,6 +23,7 @@ from qcompiler.solvers.rlt import MOST_COLUMNS, columns, linearised
 from qcompiler.solvers.swap import SwapSearch
 
 _STARTS = 8
+_ALTERNATIVES = 32
 _SMALL = 3_000  # pairs of options: solved to the end before any convex form would be set up
 _PROVEN = 1e-9  # relative gap at which a bound proves a choice: the accuracy of the bounds' arithmetic
 
@@ -42,8 +43,9 @@ def solve_quadratic(problem: Problem, deadline: float = 60.0, gap: float = 0.0, 
         ValueError: too many options, an unknown engine.
     """
     search = _Search(PairProblem.of(problem), deadline, max(gap, _PROVEN), engine)
-    solution = search.run()
-    return replace(solution, choice=solution.choice[search.pairs.members])
+    solution, members = search.run(), search.pairs.members
+    others = tuple(choice[members] for choice in solution.alternatives)
+    return replace(solution, choice=solution.choice[members], alternatives=others)
 
 
 class _Search:
@@ -56,6 +58,7 @@ class _Search:
         self.messages: Floats | None = None
         self.best: tuple[float, Choice] | None = None
         self.proven = False
+        self.met: dict[bytes, tuple[float, Choice]] = {}
 
     def run(self) -> Solution:
         if not self.pairs.units:
@@ -76,8 +79,12 @@ class _Search:
         prices = {name: float(price) for name, price in zip(names, self.prices, strict=True)}
         return Solution(
             choice, loss, min(self.bound, loss), " + ".join(self.methods), status, time.monotonic() - self.begin,
-            prices, self.messages,
+            prices, self.messages, self._alternatives(choice),
         )  # fmt: skip
+
+    def _alternatives(self, best: Choice) -> tuple[Choice, ...]:
+        ranked = sorted(self.met.values(), key=lambda pair: pair[0])[: _ALTERNATIVES + 1]
+        return tuple(choice for _, choice in ranked if not np.array_equal(choice, best))[:_ALTERNATIVES]
 
     def _until(self, share: float) -> float:
         """The moment when a share of the time that is left will have passed."""
@@ -113,6 +120,7 @@ class _Search:
     def _walk(self, starts: list[Choice], share: float) -> None:
         search = SwapSearch(self.pairs, self.prices, self._until(share))
         found = search.run(starts)
+        self.met |= search.found
         if found is not None and (self.best is None or found[0] < self.best[0]):
             self.best = found
         if "local search" not in self.methods:

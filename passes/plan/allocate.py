@@ -10,33 +10,36 @@ from typing import Any
 import numpy as np
 
 from qcompiler import registry
-from qcompiler.budget import Budget, kept_sites, parse_budget
-from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused, Refusal
+from qcompiler.budget import Budget, bits_text, kept_sites, parse_budget
+from qcompiler.errors import BadOption, BudgetInfeasible, Refusal
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
-from qcompiler.measure.sensitivity import sensitivities
+from qcompiler.measure.true_loss import TrueLoss
 from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Activations, Menu, menu, passed_over, site_bits, target_for
+from qcompiler.passes.plan.decide import SEPARABLE, contenders, reranked, runs, solved
 from qcompiler.passes.plan.ledger import Ledger, assert_within
+from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Progress
-from qcompiler.solvers.hull import curve
-from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem, Solution
-from qcompiler.solvers.solve import solve
+from qcompiler.solvers.hull import path
+from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem, Solution, without_ties
 from qcompiler.target import Backend
 
 _ACTIVATIONS: dict[str, Activations] = {"auto": "auto", "float": "float", "static": "static", "dynamic": "dynamic"}
 _TIES = ("target", "none", "inputs", "adds")
-_CURVE_POINTS = 200
+_CURVE_POINTS = 100
 
 
 @dataclass(frozen=True)
 class Allocate(Pass):
     """Mixed precision by an integer program over measured losses.
 
-    Every option of every site is measured alone (`measure.sensitivity`), their losses are added up, and a
-    solver picks one option a site. The plan carries the predicted loss, a proven lower bound and the gap.
+    Every option of every site is measured alone, together with how the changes that it makes to the output line up
+    with those of other sites (`measure.sensitivity`). A solver picks one option a site for the least predicted loss,
+    the best of its answers are run whole, and the one with the least true loss is taken. The plan carries the predicted
+    loss, a proven lower bound and the gap.
 
     Attributes:
         budget: "3.5bits", "120MB", or several that hold together.
@@ -47,7 +50,11 @@ class Allocate(Pass):
         keep: sites to leave float: globs on their names, or "embeddings". Outside the average of bits.
         ties: which sites share one decision: those that read one value ("inputs"), also those that write the
             operands of one Add ("adds"), "none", or what the target asks for.
-        method: "auto", or a solver by name: lagrangian, ilp.
+        method: "auto", or a solver by name: lagrangian, ilp, quadratic, metropolis, soft-mixture, policy-search.
+        loss: where the losses of the options come from: "gram" (each option alone, and how the changes of the
+            model's output line up), "ablation" (the same without terms between sites), "pairwise" (CLADO), "fisher",
+            "hutchinson", "hessian" (BAQ), "masked" and "masked-output" (OHQ).
+        rerank: how many of the best answers to run whole (fewer for large models); 1 takes the solver's.
         samples: calibration samples to measure with; 0: as many as the time allows.
         seconds: time that measuring may take.
     """
@@ -60,6 +67,8 @@ class Allocate(Pass):
     keep: tuple[str, ...] = ()
     ties: str = "target"
     method: str = "auto"
+    loss: str = "gram"
+    rerank: int = 8
     samples: int = 0
     seconds: float = 240.0
 
@@ -68,11 +77,13 @@ class Allocate(Pass):
             object.__setattr__(self, "budget", (self.budget,))
         if not self.budgets:
             raise BadOption("no budget is given", "allocate", "write bits per weight (3.5bits) or a size (120MB)")
-        for name, known in (("activations", tuple(_ACTIVATIONS)), ("ties", _TIES)):
+        for name, known in (("activations", tuple(_ACTIVATIONS)), ("ties", _TIES), ("loss", tuple(METHODS))):
             if getattr(self, name) not in known:
                 raise BadOption(f"{name} cannot be '{getattr(self, name)}'", "allocate", f"use {', '.join(known)}")
         if not self.bits or min(self.bits) < 2 or any(size < 1 for size in self.group_sizes):
             raise BadOption("bits must be 2 or more, group sizes positive", "allocate")
+        if self.rerank < 1:
+            raise BadOption("rerank must be 1 or more", "allocate", "1 takes the solver's answer")
         if self.method != "auto":
             registry.find("solvers", self.method)
 
@@ -92,62 +103,47 @@ class Allocate(Pass):
         menus, groups, refused = _tied(menus, self._tie_names(backend, model, free))
         ledger = Ledger.of(model, sites, menus, kept)
         ledger.require_feasible(self.budgets, groups)
-        losses, measured = self._measure(model, ledger.menus, progress)
-        problem = ledger.problem(losses, self.budgets, groups)
+        losses = measured_losses(model, ledger.menus, self.loss, self.samples, self.seconds, progress)
+        cross = None if self.method in SEPARABLE else losses.cross
+        problem = replace(ledger.problem(losses.rows, self.budgets, groups), cross=cross)
         solution = self._solve(problem)
+        solution, judged = self._rerank(model, ledger.menus, problem, solution, progress)
         decided = {m.site.name: m.plans[int(o)] for m, o in zip(ledger.menus, solution.choice, strict=True)}
         model.plan = Plan(decided, kept=kept)
         bits, size = assert_within(model, self.budgets)
         model.plan = replace(model.plan, solution=_facts(self, ledger, problem, solution, size))
         progress.note(
-            f"allocate: {bits:.3f} bits per weight, predicted loss {solution.objective:.4g}, gap {solution.gap:.2%}"
+            f"allocate: {bits_text(bits)}, predicted loss {solution.objective:.4g}, gap {solution.gap:.2%}"
         )
         refused += [*(refusal for m in menus for refusal in m.refused), *passed_over(model, sites, progress)]
         table = _table(ledger, losses, solution)
-        metrics = {"bits_per_weight": bits, "stored_bytes": size, "sites": table, "measured": measured}
+        metrics = {"bits_per_weight": bits, "stored_bytes": size, "sites": table, "measured": dict(losses.facts)}
+        metrics["runs"] = judged
         return PassReport("allocate", len(decided), tuple(refused), metrics)
 
     def _tie_names(self, backend: Backend, model: Model, sites: Sequence[Site]) -> list[tuple[str, ...]]:
         ties = getattr(backend, "ties", "none") if self.ties == "target" else self.ties
         return [] if ties == "none" else tie_groups(model.ir, sites, add_inputs=ties == "adds")
 
-    def _measure(
-        self, model: Model, menus: Sequence[Menu], progress: Progress
-    ) -> tuple[list[list[float]], dict[str, Any]]:
-        """Losses per menu and option; an option whose loss is not finite is never chosen."""
-        if not menus:
-            return [], {}
-        measured = sensitivities(
-            model,
-            [m.site for m in menus],
-            [list(m.plans) for m in menus],
-            samples=self.samples,
-            seconds=self.seconds,
-            progress=progress,
-        )
-        losses = [[v if math.isfinite(v) else math.inf for v in map(float, row)] for row in measured.loss]
-        if all(min(row) == math.inf for row in losses):
-            what = "the output is infinite or NaN on the calibration data, whatever the formats"
-            where = f"{model.name}, largest weights in {_largest(menus)}"
-            raise PassRefused(what, where, "repair the weights or the data")
-        for m, row in zip(menus, losses, strict=True):
-            if min(row) == math.inf:
-                raise PassRefused("every option makes the output infinite or NaN", m.site.name, "keep it float: --keep")
-        facts = {name: getattr(measured, name) for name in ("mode", "samples", "probes", "seconds")}
-        return losses, facts
-
     def _solve(self, problem: Problem) -> Solution:
         try:
-            if self.method == "auto":
-                return solve(problem)
-            return registry.find("solvers", self.method)(problem, 60.0)
+            return solved(problem, self.method)
         except (InfeasibleProblem, NoChoiceFound) as error:
             raise BudgetInfeasible(f"the budgets {', '.join(self.budget)} cannot be met together ({error})") from error
+        except ValueError as error:
+            raise BadOption(f"method '{self.method}': {error}", "allocate", 'use "auto"') from error
 
-
-def _largest(menus: Sequence[Menu]) -> str:
-    """The site with the largest weight: the first suspect where numbers overflow."""
-    return max(menus, key=lambda m: float(np.abs(m.site.matrix()).max())).site.name
+    def _rerank(
+        self, model: Model, menus: Sequence[Menu], problem: Problem, solution: Solution, progress: Progress
+    ) -> tuple[Solution, dict[str, Any]]:
+        """The best answers run whole, and the one that then loses least."""
+        most = runs(self.rerank, sum(m.site.count for m in menus))
+        choices = contenders(problem, solution, most) if most > 1 and menus else []
+        if len(choices) < 2:
+            return solution, {}
+        truth = TrueLoss(model, [m.site for m in menus], [list(m.plans) for m in menus], samples=self.samples)
+        progress.note(f"running the {len(choices)} best allocations")
+        return reranked(problem, solution, truth, choices)
 
 
 def _tied(
@@ -187,9 +183,6 @@ def _equally_wide(menus: Sequence[Menu]) -> dict[str, Menu]:
 
 
 def _facts(options: Allocate, ledger: Ledger, problem: Problem, solution: Solution, size: int) -> dict[str, Any]:
-    points = curve(problem, "bits") if ledger.menus else []
-    thin = max(1, -(-len(points) // _CURVE_POINTS))
-    shown = [p for i, p in enumerate(points) if i % thin == 0 or i == len(points) - 1]
     bits = ledger.average(problem.used(solution.choice, "bits"))
     return {
         "budgets": list(options.budget),
@@ -200,26 +193,44 @@ def _facts(options: Allocate, ledger: Ledger, problem: Problem, solution: Soluti
         "status": solution.status,
         "prices": dict(solution.multipliers),
         "seconds": solution.seconds,
-        "bits_per_weight": bits,
+        "bits_per_weight": bits if ledger.weights else None,
         "stored_bytes": size,
         "chosen": [bits, solution.objective],
-        "curve": [[ledger.average(p.cost), p.loss] for p in shown],
+        "curve": _curve(ledger, problem),
     }
 
 
-def _table(ledger: Ledger, losses: Sequence[Sequence[float]], solution: Solution) -> list[dict[str, Any]]:
+def _curve(ledger: Ledger, problem: Problem) -> list[list[float]]:
+    """Average bits and predicted loss along the equal-slope path; terms between sites counted, not optimised."""
+    if not ledger.menus:
+        return []
+    merged, members = without_ties(problem)
+    steps = path(replace(merged, cross=None, pair_costs={}), "bits")
+    stops = np.unique(np.linspace(0, len(steps.unit), _CURVE_POINTS).round().astype(int))
+    points: list[list[float]] = []
+    for stop in stops:
+        choice = steps.choices(int(stop))[members]
+        loss = problem.objective(choice)
+        if not points or loss < points[-1][1]:
+            points.append([ledger.average(problem.used(choice, "bits")), loss])
+    return points
+
+
+def _table(ledger: Ledger, losses: Losses, solution: Solution) -> list[dict[str, Any]]:
     """One row a site, for the report: what was chosen, and what every option would have cost and lost."""
-    return [_row(m, row, int(o)) for m, row, o in zip(ledger.menus, losses, solution.choice, strict=True)]
+    rows = zip(ledger.menus, losses.rows, losses.noise, solution.choice, strict=True)
+    return [_row(m, row, noise, int(o)) for m, row, noise, o in rows]
 
 
-def _row(m: Menu, losses: Sequence[float], chosen: int) -> dict[str, Any]:
-    def option(plan: SitePlan, loss: float) -> dict[str, Any]:
+def _row(m: Menu, losses: Sequence[float], noise: Sequence[float], chosen: int) -> dict[str, Any]:
+    def option(plan: SitePlan, loss: float, error: float) -> dict[str, Any]:
         assert plan.weight is not None
         stored = site_bits(m.site, plan)
         finite = loss if math.isfinite(loss) else None
-        return {"spec": str(plan.weight), "width": plan.weight.bits, "bits": stored, "loss": finite}
+        facts = {"spec": str(plan.weight), "width": plan.weight.bits, "bits": stored, "loss": finite}
+        return {**facts, "noise": error if math.isfinite(error) else None}
 
-    options = [option(plan, loss) for plan, loss in zip(m.plans, losses, strict=True)]
+    options = [option(*facts) for facts in zip(m.plans, losses, noise, strict=True)]
     site = m.site
     activation = m.plans[chosen].activation
     facts = {"site": site.name, "op": site.op, "weights": site.count, "activation": activation}

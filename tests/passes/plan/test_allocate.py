@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from qcompiler.budget import bits_per_weight, parse_budget, stored_bytes
 from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused
 from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec
 from qcompiler.graph.sites import Site, find_sites
+from qcompiler.measure.sensitivity import Sensitivity
 from qcompiler.model import Model
 from qcompiler.passes.plan.allocate import Allocate
 from qcompiler.passes.plan.candidates import menu, shortlist, site_bits
@@ -91,11 +92,17 @@ class Measured:
         self.calls: list[tuple[list[str], list[list[SitePlan]], dict[str, Any]]] = []
         self.importance = {"q": 1.0, "k": 100.0, "v": 0.01, "out": 3.0, "wide": 1.0}
         self.override: dict[str, float] = {}
+        self.direction: dict[str, np.ndarray] = {}  # of the change of the output; none: orthogonal to all others
+        self.truth: Callable[[np.ndarray], float] | None = None  # of a choice, if not what is predicted
 
     def __call__(self, model: Model, sites: list[Site], candidates: list[list[SitePlan]], **options: Any) -> Any:
         self.calls.append(([s.name for s in sites], candidates, options))
-        loss = [[self.loss(s, p) for p in row] for s, row in zip(sites, candidates, strict=True)]
-        return SimpleNamespace(loss=loss, mode="full", samples=16, probes=30, seconds=1.0)
+        loss = tuple(np.array([self.loss(s, p) for p in row]) for s, row in zip(sites, candidates, strict=True))
+        sketches = tuple(
+            np.outer(np.sqrt(row), self.direction.get(s.name, np.zeros(2))) for s, row in zip(sites, loss, strict=True)
+        )
+        names, specs = tuple(s.name for s in sites), tuple(tuple(p.weight for p in row) for row in candidates)
+        return Sensitivity(names, specs, loss, tuple(row / 10 for row in loss), sketches, "full", {}, 16, 30, 1.0)
 
     def loss(self, site: Site, plan: SitePlan) -> float:
         assert plan.weight is not None
@@ -106,10 +113,32 @@ class Measured:
         return self.importance[site.name] * float(4.0**-spec.bits * size**0.25)
 
 
+class Truth:
+    """Stands for qcompiler.measure.true_loss: what was predicted, unless something else is true."""
+
+    used = 16
+
+    def __init__(self, measured: Measured, model: Model, sites: list[Site], plans: Any, samples: int) -> None:
+        self.measured, self.sites, self.plans = measured, sites, plans
+
+    def losses(self, choices: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array([self.loss(choice) for choice in choices])
+
+    def loss(self, choice: np.ndarray) -> float:
+        if self.measured.truth is not None:
+            return self.measured.truth(choice)
+        chosen = [row[o] for row, o in zip(self.plans, choice, strict=True)]
+        return sum(self.measured.loss(s, p) for s, p in zip(self.sites, chosen, strict=True))
+
+    def difference(self, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+        return self.loss(first) - self.loss(second), 0.0
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     measured = Measured()
-    monkeypatch.setattr("qcompiler.passes.plan.allocate.sensitivities", measured)
+    monkeypatch.setattr("qcompiler.passes.plan.losses.sensitivities", measured)
+    monkeypatch.setattr("qcompiler.passes.plan.allocate.TrueLoss", partial(Truth, measured))
     use_target(monkeypatch, Target())
     return measured
 
@@ -150,6 +179,37 @@ def test_best_plan_under_a_bits_budget(measured: Measured, budget: str) -> None:
     assert Plan.from_json(done.plan.to_json()) == done.plan
 
 
+def test_errors_that_cancel_change_the_plan(measured: Measured) -> None:
+    """Two sites whose errors point in opposite directions may both be coarse; without the terms they are not."""
+    measured.importance = {"q": 1.0, "k": 1.0, "v": 0.8, "out": 0.8, "wide": 1e-9}
+    plain, _ = run(Allocate("3.5bits", loss="ablation"))
+    measured.direction = {"q": np.array([1.3, 0]), "k": np.array([-1.3, 0])}
+    with_terms, report = run(Allocate("3.5bits", rerank=1))
+    ignored, _ = run(Allocate("3.5bits", loss="ablation"))
+    assert ignored.plan.sites == plain.plan.sites != with_terms.plan.sites
+    assert with_terms.plan.solution["predicted_loss"] < plain.plan.solution["predicted_loss"]
+    assert report.metrics["measured"]["cross terms"]
+
+
+def test_the_answer_that_is_truly_best_is_taken(measured: Measured) -> None:
+    first, report = run(Allocate("4bits", rerank=1))
+    assert report.metrics["runs"] == {}
+    believed = dict(first.plan.sites)
+    seen: list[bytes] = []
+
+    def true(choice: np.ndarray) -> float:  # the first one asked for is the solver's own
+        seen.append(choice.tobytes()) if choice.tobytes() not in seen else None
+        return 10.0 - seen.index(choice.tobytes())
+
+    measured.truth = true
+    second, report = run(Allocate("4bits", rerank=4))
+    runs = report.metrics["runs"]
+    assert runs["taken"] == len(runs["true"]) - 1 > 0
+    assert dict(second.plan.sites) != believed
+    assert bits_per_weight(second) <= 4
+    assert second.plan.solution["gap"] >= first.plan.solution["gap"]
+
+
 def test_sensitive_sites_get_more_bits_and_the_fastest_activations(measured: Measured) -> None:
     done, _ = run(Allocate("4.5bits"))
     width = {name: plan.weight.bits for name, plan in done.plan.sites.items() if plan.weight}
@@ -165,7 +225,8 @@ def test_report_lists_every_option_of_every_site(measured: Measured) -> None:
         assert [o["width"] for o in row["options"]] == [3, 4, 8]
         assert row["options"][row["chosen"]]["spec"] == row["spec"] == str(done.plan.sites[row["site"]].weight)
         assert row["bytes"] == row["bits"] // 8
-    assert report.metrics["measured"] == {"mode": "full", "samples": 16, "probes": 30, "seconds": 1.0}
+    facts = {"mode": "full", "samples": 16, "probes": 30, "seconds": 1.0, "method": "gram", "cross terms": False}
+    assert report.metrics["measured"] == facts
     assert sum(row["loss"] for row in rows) == pytest.approx(done.plan.solution["predicted_loss"])
 
 
@@ -323,6 +384,8 @@ def test_measuring_gets_its_limits(measured: Measured) -> None:
         {"bits": (1, 4)},
         {"group_sizes": (0,)},
         {"method": "guess"},
+        {"loss": "guess"},
+        {"rerank": 0},
     ],
 )
 def test_meaningless_options_are_refused_at_once(options: dict[str, Any]) -> None:
