@@ -20,7 +20,7 @@ from tests.solvers.toys import ONE_OPTION, QUADRATIC, feasible_choices, layers
 @pytest.mark.parametrize("seed", range(5))
 def test_additive_toys_within_two_percent(seed: int) -> None:
     problem = layers(seed)
-    best, found = solve_ilp(problem), solve_metropolis(problem, seed=seed)
+    best, found = solve_ilp(problem), solve_metropolis(problem, steps=3000, seed=seed)
     assert found.objective <= 1.02 * best.objective
     assert found.bound <= best.objective * (1 + 1e-9)
     assert check(problem, found).valid
@@ -31,7 +31,7 @@ def test_additive_toys_within_two_percent(seed: int) -> None:
 def test_quadratic_toys(index: int) -> None:
     problem = QUADRATIC[index]
     losses = np.array([problem.objective(choice) for choice in feasible_choices(problem)])
-    found = solve_metropolis(problem, steps=500)
+    found = solve_metropolis(problem, steps=300)
     assert problem.feasible(found.choice)
     assert all(len({int(found.choice[u]) for u in group}) == 1 for group in problem.ties)
     assert found.objective == pytest.approx(problem.objective(found.choice))
@@ -123,8 +123,8 @@ def test_deterministic_for_a_seed() -> None:
 def test_signed_losses() -> None:
     problem = layers(5, units=5)
     lower = replace(problem, loss=problem.loss - 3.0)
-    assert solve_metropolis(lower).objective == pytest.approx(solve_ilp(lower).objective, abs=1e-6)
-    by_call = solve_metropolis(lower, loss=lower.objective)
+    assert solve_metropolis(lower, steps=1500).objective == pytest.approx(solve_ilp(lower).objective, abs=1e-6)
+    by_call = solve_metropolis(lower, loss=lower.objective, steps=1500)
     assert by_call.objective == pytest.approx(solve_ilp(lower).objective, abs=1e-2)
 
 
