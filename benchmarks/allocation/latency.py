@@ -36,7 +36,7 @@ from qcompiler.passes.plan.candidates import menu, target_for
 from qcompiler.passes.plan.ledger import Ledger
 from qcompiler.passes.plan.measured import Measured
 from qcompiler.progress import Progress, Terminal
-from qcompiler.solvers.problem import InfeasibleProblem, Solution
+from qcompiler.solvers.problem import InfeasibleProblem, Problem, Solution
 from qcompiler.solvers.solve import solve
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -94,15 +94,18 @@ def run(model: Model, budgets: Sequence[str], progress: Progress) -> dict[str, A
 def latency(model: Model, backend: Any, ledger: Ledger, loss: Any, text: str, progress: Progress) -> dict[str, Any]:
     """Facts of one budget."""
 
-    def answer(book: Ledger, budgets: Sequence[Budget]) -> Solution:
+    def pose(book: Ledger) -> Problem:
+        return book.problem([list(map(float, row)) for row in loss], work.budgets, ())
+
+    def answer(problem: Problem) -> Solution:
         try:
-            return solve(book.problem([list(map(float, row)) for row in loss], budgets, ()))
+            return solve(problem)
         except InfeasibleProblem as error:
             raise BudgetInfeasible(str(error)) from error
 
     work = Measured(model, backend, find_sites(model.ir), [parse_budget(text)], progress)
     work.facts["seconds"] = {"tries": []}
-    book, solution = work.confirm(ledger, answer(ledger, work.budgets), answer)
+    book, solution = work.confirm(ledger, answer(pose(ledger)), pose, answer)
     bits = book.average(book.problem([[0.0] * len(m.plans) for m in book.menus], (), ()).used(solution.choice, "bits"))
     return {"text": text, "bits_per_weight": bits, **work.facts["seconds"]}
 

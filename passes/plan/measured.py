@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -23,15 +23,18 @@ from qcompiler.passes.plan.ledger import Ledger, Priced
 from qcompiler.passes.plan.trial import Feeds, trial_seconds
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress
-from qcompiler.solvers.problem import Choice, Solution, separable
+from qcompiler.solvers.hull import path
+from qcompiler.solvers.least_cost import least_cost
+from qcompiler.solvers.problem import Choice, NoChoiceFound, Problem, Solution, separable, without_ties
 from qcompiler.target import Backend
 
-Solve = Callable[[Ledger, Sequence[Budget]], Solution]
+Pose = Callable[[Ledger], Problem]
+Solve = Callable[[Problem], Solution]
 Ties = Sequence[tuple[int, ...]]
 _TRIES = 3  # artifacts built to meet a latency
 _UNUSED = 0.05  # share of a latency that may stay unused
 _BUSY = 20  # times a second that a process loses the processor, where a machine has more work than processors
-_STEPS = 12  # of the search for the fewest bit operations at a given loss: 1/4096 of the range
+_DEADLINE = 30.0  # seconds for the fewest bit operations at a given loss
 
 
 def require_clock(backend: Backend, budgets: Sequence[Budget]) -> None:
@@ -86,25 +89,29 @@ class Measured:
             ledger = ledger.with_prices({budget.resource: self._seconds(ledger, budget, ties)})
         return ledger
 
-    def confirm(self, ledger: Ledger, solution: Solution, solve: Solve) -> tuple[Ledger, Solution]:
+    def confirm(self, ledger: Ledger, solution: Solution, pose: Pose, solve: Solve) -> tuple[Ledger, Solution]:
         """Build the chosen artifact and time it; where the sum of parts was wrong, correct it and solve again.
 
         Args:
             ledger: as `price` made it.
             solution: of its problem.
-            solve: solves a ledger's problem within budgets; raises BudgetInfeasible.
+            pose: the problem of a ledger, with all budgets.
+            solve: raises BudgetInfeasible.
 
         Returns:
             The solution of least loss whose artifact is fast enough, else the one that is least too slow, and the
             ledger with the fixed part as measured on it.
         """
         if self.timed:
-            ledger, solution = self._keep_to_latency(ledger, solution, solve)
+            ledger, solution = self._keep_to_latency(ledger, solution, lambda priced: solve(pose(priced)))
+            self._compare(ledger, pose(ledger), solution)
         if "bops" in ledger.priced:
             self.facts["bops"] = ledger.priced["bops"].fixed + _sum(ledger.priced["bops"].costs, solution.choice)
         return ledger, solution
 
-    def _keep_to_latency(self, ledger: Ledger, solution: Solution, solve: Solve) -> tuple[Ledger, Solution]:
+    def _keep_to_latency(
+        self, ledger: Ledger, solution: Solution, again: Callable[[Ledger], Solution]
+    ) -> tuple[Ledger, Solution]:
         tried: list[tuple[float, float, Ledger, Solution]] = []
         for _ in range(_TRIES):
             ledger, over = self._try(ledger, solution)
@@ -112,14 +119,13 @@ class Measured:
             if -_UNUSED <= over <= 0:
                 break
             try:
-                solution = solve(ledger, self.budgets)
+                solution = again(ledger)
             except BudgetInfeasible:
                 break
             if any(np.array_equal(solution.choice, other.choice) for *_, other in tried):
                 break
         over, _, ledger, solution = min(tried, key=lambda item: item[:2])
         self._judge(over)
-        self._compare(ledger, solution, solve)
         return ledger, solution
 
     def seconds(self, ledger: Ledger, choices: Sequence[Choice], budget: Budget) -> list[float]:
@@ -202,41 +208,22 @@ class Measured:
         if over > 0:
             self.progress.note(f"allocate: no artifact kept to the latency; the best takes {over:.1%} more")
 
-    def _compare(self, ledger: Ledger, solution: Solution, solve: Solve) -> None:
+    def _compare(self, ledger: Ledger, problem: Problem, solution: Solution) -> None:
         """Time the allocation by bit operations at equal predicted loss beside the solution, and say who is faster."""
-        other = self._fewest_bops(ledger, solution, solve)
-        same = np.array_equal(other.choice, solution.choice)
+        other = _fewest_bops(problem, solution)
+        same = np.array_equal(other, solution.choice)
         for budget in self.timed:
-            times = self.seconds(ledger, [solution.choice] if same else [solution.choice, other.choice], budget)
+            times = self.seconds(ledger, [solution.choice] if same else [solution.choice, other], budget)
             own, theirs = times[0], times[-1]
             self.facts[budget.resource] |= {
-                "measured": own, "by_bops": theirs, "loss": solution.objective, "loss_by_bops": other.objective,
-                "same_as_by_bops": same, "faster_than_by_bops": own < theirs,
+                "measured": own, "by_bops": theirs, "same_as_by_bops": same, "faster_than_by_bops": own < theirs,
+                "loss": solution.objective, "loss_by_bops": problem.objective(other),
             }  # fmt: skip
             how = "the same as" if same else "faster than" if own < theirs else "NOT faster than"
             self.progress.note(
                 f"allocate: {how} the allocation by bit operations at equal predicted loss "
                 f"({budget.show(Fraction(own))} against {budget.show(Fraction(theirs))})"
             )
-
-    def _fewest_bops(self, ledger: Ledger, solution: Solution, solve: Solve) -> Solution:
-        """The solution of fewest bit operations that predicts no more loss, within the budgets that are stored."""
-        stored = [budget for budget in self.budgets if budget.stored]
-        costs, fixed = ledger.priced["bops"].costs, ledger.priced["bops"].fixed
-        low, high = fixed + sum(min(row) for row in costs), fixed + sum(max(row) for row in costs)
-        best = solution
-        for _ in range(_STEPS):
-            middle = (low + high) / 2
-            try:
-                found = solve(ledger, [*stored, Budget("by bops", "bops", Fraction(middle), "bops")])
-            except BudgetInfeasible:
-                low = middle
-                continue
-            if found.objective <= solution.objective:
-                best, high = found, middle
-            else:
-                low = middle
-        return best
 
     def _feeds(self, batch: int) -> Feeds:
         """Inputs of one run of so many samples."""
@@ -261,6 +248,24 @@ def _fastest(ledger: Ledger, budget: Budget, ties: Ties) -> Choice:
     blank = [[0.0] * len(m.plans) for m in ledger.menus]
     merged, members = separable(ledger.problem(blank, [budget], ties))
     return np.where(merged.allowed, merged.costs[budget.resource], np.inf).argmin(axis=1)[members]
+
+
+def _fewest_bops(problem: Problem, solution: Solution) -> Choice:
+    """The choice of fewest bit operations that predicts no more loss, within the budgets that are stored.
+
+    Exact without terms between units; with them, the first such choice on the equal-slope path that doesn't see them.
+    """
+    free = replace(problem, budgets={n: b for n, b in problem.budgets.items() if n in ("bits", "bytes")})
+    if free.separable:
+        try:
+            return least_cost(free, "bops", solution.objective, deadline=_DEADLINE).choice
+        except NoChoiceFound:
+            return solution.choice
+    merged, members = without_ties(free)
+    steps = path(replace(merged, cross=None, pair_costs={}), "bops")
+    choices = (steps.choices(stop)[members] for stop in range(len(steps.unit) + 1))
+    good = (c for c in choices if free.feasible(c) and free.objective(c) <= solution.objective)
+    return next(good, solution.choice)
 
 
 def _sum(costs: Sequence[Sequence[float]], choice: Choice) -> float:

@@ -54,8 +54,14 @@ def test_interrupted_runs_do_not_count_where_others_are_left() -> None:
     machine = Machine()
     run = machine.work(50.0, 60.0, 3.0, preempted=[0, 1])
     assert machine.interleaved(Effort(1, 3, 0, 1e9), a=run) == {"a": 3.0}
+
+
+def test_where_all_runs_are_interrupted_the_processor_time_counts_if_it_is_less() -> None:
+    machine = Machine()
     run = machine.work(50.0, 40.0, 60.0, preempted=[0, 1, 2])
-    assert machine.interleaved(Effort(1, 3, 0, 1e9), a=run) == {"a": 40.0}
+    assert machine.interleaved(Effort(1, 3, 0, 1e9), a=run)["a"] < 1.0
+    run = machine.work(0.0, preempted=[0, 1, 2])
+    assert machine.interleaved(Effort(1, 3, 0, 1e9), a=run) == {"a": 0.0}
 
 
 def test_runs_take_turns_in_both_orders() -> None:
