@@ -24,6 +24,7 @@ from qcompiler.build.suitable import check_suitable
 from qcompiler.capture.onnx import load_onnx
 from qcompiler.capture.torch import capture
 from qcompiler.errors import BadOption
+from qcompiler.graph.uncounted import Uncounted, uncounted_weights
 from qcompiler.measure.cache import Cache
 from qcompiler.model import Model
 from qcompiler.pipeline import PassReport, Pipeline
@@ -50,7 +51,9 @@ class CompileResult:
         artifact: the folder; None after `explain`.
         target: name of the backend.
         budget: as given, or as the pipeline has it.
-        bits_per_weight: stored bits, scales and zero points counted, as a "bits" budget counts.
+        bits_per_weight: stored bits, scales and zero points counted, as a "bits" budget counts; None where no weight
+            is in that average.
+        uncounted: weights that are outside it because no plan can quantize them, with reasons.
         stored_bytes: of all constants, as a "MB" budget counts.
         fp32_bytes: of the original's constants.
         predicted_loss, lower_bound, gap: of the allocation; None for a plan made without a solver.
@@ -67,7 +70,7 @@ class CompileResult:
     artifact: Path | None
     target: str
     budget: tuple[str, ...]
-    bits_per_weight: float
+    bits_per_weight: float | None
     stored_bytes: int
     fp32_bytes: int
     predicted_loss: float | None
@@ -81,6 +84,7 @@ class CompileResult:
     plan: Plan
     reports: Sequence[PassReport] = ()
     held_back: int = 0
+    uncounted: Sequence[Uncounted] = ()
 
     def summary(self) -> dict[str, Any]:
         """The object that `qcompile --json` prints."""
@@ -229,6 +233,7 @@ def _explained(lowering: Lowering, options: Options, samples: Samples, backend: 
         stored_bytes(lowering.original, Plan()), solution.get("predicted_loss"), solution.get("lower_bound"),
         solution.get("gap"), None, {"sqnr_db": None, "kl": None, "top1_agreement": None}, False,
         time.monotonic() - start, expected_peak(model, batch, backend), model.plan, lowering.reports,
+        uncounted=uncounted_weights(lowering.original.ir),
     )  # fmt: skip
 
 
@@ -241,5 +246,5 @@ def _result(lowering: Lowering, out: Path, manifest: dict[str, Any]) -> CompileR
     plan, budget = lowering.rounded.plan, tuple(manifest["budget"])
     return CompileResult(
         artifact=out, budget=budget, verified=True, plan=plan, reports=lowering.reports,
-        held_back=manifest["calibration"]["held_back"], **values,
+        held_back=manifest["calibration"]["held_back"], uncounted=uncounted_weights(lowering.original.ir), **values,
     )  # fmt: skip

@@ -233,10 +233,15 @@ def weight_bits(model: Model, plan: Plan | None = None) -> tuple[int, int]:
     return sum(row.bits for row in rows), sum(row.weights for row in rows)
 
 
-def bits_per_weight(model: Model, plan: Plan | None = None) -> float:
-    """Average stored bits per weight, as a bits budget counts them; 0 if there are no weights."""
+def bits_per_weight(model: Model, plan: Plan | None = None) -> float | None:
+    """Average stored bits per weight, as a bits budget counts them; None if no weight is in the average."""
     bits, weights = weight_bits(model, plan)
-    return bits / weights if weights else 0.0
+    return bits / weights if weights else None
+
+
+def bits_text(bits: float | None) -> str:
+    """An average of bits per weight for people."""
+    return "no weights in the average of bits" if bits is None else f"{bits:.3f} bits per weight"
 
 
 def stored_bytes(model: Model, plan: Plan | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler as qc
+from qcompiler.cli import run_command
 from qcompiler.errors import BadOption, BudgetInfeasible
 from qcompiler.formats import parse_spec
 from qcompiler.model import Model
@@ -112,3 +114,24 @@ def test_an_empty_plan_is_explained(work: Path) -> None:
     plain = write_model(work.with_name("plain.onnx"), [helper.make_node("Relu", ["x"], ["y"])])
     result = qc.compile(plain, "onnx", "4bits", explain=True)
     assert result.plan.sites == {}
+
+
+def test_weights_that_no_plan_can_quantize_are_told_and_make_no_average(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = helper.make_node("Einsum", ["x", "w"], ["y"], name="mix", equation="bi,ij->bj")
+    write_model(work.with_name("mixed.onnx"), [node], w=matrix(0))
+    assert run_command(["mixed.onnx", "--target", "onnx", "--budget", "6bits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bits_per_weight"] is None
+    assert run_command(["mixed.onnx", "--target", "onnx", "--budget", "6bits"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "bits per weight none: no weight can be quantized" in out
+    assert "not in the average 4.1 kB of float weights: 'w' (it is used by Einsum 'mix')" in out
+    assert "4.1 kB of float weights are outside" in Path("mixed.qc", "report.html").read_text()
+
+
+def test_an_average_of_nothing_but_kept_weights_is_none(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command([str(work), "--target", "onnx", "--pipeline", "int8", "--keep", "*", "--explain"]) == 0
+    out, err = capsys.readouterr()
+    assert "none: all weights are kept" in out
+    assert "no weights in the average of bits" in err

@@ -13,7 +13,8 @@ from qcompiler.errors import Refusal
 from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec
 from qcompiler.formats.fit import quantize
 from qcompiler.formats.scales import with_scales_that_fit
-from qcompiler.graph.sites import Site, skipped_weights
+from qcompiler.graph.sites import Site
+from qcompiler.graph.uncounted import uncounted_weights
 from qcompiler.model import Model
 from qcompiler.plan import ActivationMode, SitePlan
 from qcompiler.progress import Progress
@@ -39,14 +40,14 @@ class Menu:
 
 def passed_over(model: Model, sites: Sequence[Site], progress: Progress) -> list[Refusal]:
     """The weights that are no sites, with reasons; the user is told, as no budget in bits counts them."""
-    skipped = skipped_weights(model.ir)
+    skipped = uncounted_weights(model.ir)
     if skipped:
         first = f"'{skipped[0].where}': {skipped[0].reason}"
         more = f", and {len(skipped) - 1} more (see the report)" if len(skipped) > 1 else ""
         progress.note(f"cannot be quantized: {first}{more}")
     if not sites:
         progress.note("the model has no weights that can be quantized: it stays as it is")
-    return skipped
+    return [*skipped]
 
 
 def target_for(name: str, activations: Activations) -> Backend:

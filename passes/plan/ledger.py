@@ -153,7 +153,7 @@ def _grids(model: Model, menus: Sequence[Menu]) -> int:
     return len(choose_values(model.graph, products, outputs=True))
 
 
-def assert_within(model: Model, budgets: Sequence[Budget]) -> tuple[float, int]:
+def assert_within(model: Model, budgets: Sequence[Budget]) -> tuple[float | None, int]:
     """(bits per weight, stored bytes) of the model's plan, counted anew; ContractViolated if over such a budget."""
     bits, weights = weight_bits(model)
     size = stored_bytes(model)

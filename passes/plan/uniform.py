@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcompiler import registry
-from qcompiler.budget import bits_per_weight, is_embedding, kept_sites, parse_budget, stored_bytes
+from qcompiler.budget import bits_per_weight, bits_text, is_embedding, kept_sites, parse_budget, stored_bytes
 from qcompiler.errors import BadOption, BudgetInfeasible, Refusal
 from qcompiler.formats import QuantSpec, parse_spec
 from qcompiler.graph.sites import Site, find_sites
@@ -68,11 +68,9 @@ class Uniform(Pass):
             BudgetInfeasible: that takes more than the budget.
         """
         refused = self._plan(model, progress)
-        metrics = {"bits_per_weight": bits_per_weight(model), "stored_bytes": stored_bytes(model)}
-        decided = len(model.plan.sites)
-        progress.note(
-            f"uniform: {decided} of {len(find_sites(model.ir))} sites, {metrics['bits_per_weight']:.3f} bits per weight"
-        )
+        bits, decided = bits_per_weight(model), len(model.plan.sites)
+        metrics = {"bits_per_weight": bits, "stored_bytes": stored_bytes(model)}
+        progress.note(f"uniform: {decided} of {len(find_sites(model.ir))} sites, {bits_text(bits)}")
         return PassReport("uniform", decided, tuple(refused), metrics)
 
     def _plan(self, model: Model, progress: Progress) -> list[Refusal]:

@@ -68,7 +68,7 @@ class ActivationRanges(Pass):
         grids: dict[str, StaticRange] = {}
         histograms = self._histograms(model, targets, progress)
         if self.method == "search":
-            narrow = bool(model.weights) and bits_per_weight(model) < _NARROW
+            narrow = bool(model.weights) and (bits_per_weight(model) or _NARROW) < _NARROW
             feeds = calibration_feeds(model, -(-self.judges // 2) if narrow else self.judges, _TOKENS)
             return RangeSearch(model, targets, histograms, feeds).run(progress)
         for target, histogram in zip(targets, histograms, strict=True):

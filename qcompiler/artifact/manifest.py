@@ -2,9 +2,9 @@
 
 Keys (schema 1): kind, schema, qcompiler, name, target, budget, keep, seed, activations, pipeline (TOML), original
 {path, sha256, bytes}, calibration {source, fingerprint, samples, held_back, synthetic}, inputs and outputs
-[{name, dtype, shape}], plan, bits_per_weight, stored_bytes, fp32_bytes, sizes, predicted_loss, realised_loss,
-lower_bound, gap, fidelity, tolerance {relative, reason, noise, rule}, verification [see `agreement.Agreement`], facts,
-passes, seconds, peak_rss_bytes, files {name: {bytes, sha256}}.
+[{name, dtype, shape}], plan, bits_per_weight, uncounted [{where, reason, bytes}], stored_bytes, fp32_bytes, sizes,
+predicted_loss, realised_loss, lower_bound, gap, fidelity, tolerance {relative, reason, noise, rule}, verification [see
+`agreement.Agreement`], facts, passes, seconds, peak_rss_bytes, files {name: {bytes, sha256}}.
 """
 
 from __future__ import annotations

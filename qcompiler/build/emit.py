@@ -22,6 +22,7 @@ from qcompiler.build.memory import realised_peak
 from qcompiler.build.recipe import Options
 from qcompiler.build.samples import FEW, Samples
 from qcompiler.errors import BudgetInfeasible
+from qcompiler.graph.uncounted import uncounted_weights
 from qcompiler.measure.shorten import shortened
 from qcompiler.overrun import overrun
 from qcompiler.pipeline import PassReport, Pipeline
@@ -136,6 +137,7 @@ def _model(lowering: Lowering) -> dict[str, Any]:
         "outputs": [_value(v) for v in original.graph.outputs],
         "plan": rounded.plan.to_json(),
         "bits_per_weight": bits_per_weight(rounded),
+        "uncounted": [asdict(weight) for weight in uncounted_weights(original.ir)],
         "stored_bytes": lowered_bytes(lowered.ir),
         "fp32_bytes": stored_bytes(original, Plan()),
     }

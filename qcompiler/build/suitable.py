@@ -12,7 +12,7 @@ _RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "Rand
 
 
 def check_suitable(model: Model, backend: Backend) -> None:
-    """Raise BadModel for a model without inputs, with outputs that differ for equal inputs, or that `backend` refuses."""
+    """Raise BadModel for a model without inputs, one that is not deterministic, or one that `backend` refuses."""
     if not any(value.name not in model.graph.initializers for value in model.graph.inputs):
         what = "the model has no inputs: its outputs are constants, and there is nothing to compile"
         raise BadModel(what, model.name, "export the model with its inputs")

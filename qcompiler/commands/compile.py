@@ -75,13 +75,26 @@ def _print_plan(result: CompileResult) -> None:
     print_table(["layer", "weights", "activations"], rows, left=3)
     print_facts(
         [
-            ("bits per weight", f"{result.bits_per_weight:.3f}"),
+            *_bits(result),
             ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}"),
             ("predicted loss", brief(result.predicted_loss)),
             ("gap to the bound", brief(result.gap, ".2%")),
             ("peak memory expected", size(result.peak_rss_bytes)),
         ]
     )
+
+
+def _bits(result: CompileResult) -> list[tuple[str, str]]:
+    """The average of bits per weight, and what is outside of it."""
+    bits, left = result.bits_per_weight, result.uncounted
+    facts = [("bits per weight", "none: no weight can be quantized" if bits is None else f"{bits:.3f}, scales counted")]
+    if bits is None and result.plan.kept:
+        facts = [("bits per weight", "none: all weights are kept")]
+    if left:
+        more = f", and {len(left) - 1} more" if len(left) > 1 else ""
+        stored = size(sum(weight.bytes for weight in left))
+        facts.append(("not in the average", f"{stored} of float weights: '{left[0].where}' ({left[0].reason}){more}"))
+    return facts
 
 
 def _files(artifact: Path) -> str:
@@ -99,7 +112,7 @@ def _print_summary(result: CompileResult) -> None:
     data = "held-back data" if result.held_back else "the calibration data"
     ratio = result.fp32_bytes / max(result.stored_bytes, 1)
     facts = [
-        ("bits per weight", f"{result.bits_per_weight:.3f}, scales counted"),
+        *_bits(result),
         ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}, {ratio:.1f} times smaller"),
         ("files to ship", _files(result.artifact)),
         ("loss", f"{brief(result.realised_loss)} on {data}, predicted {brief(result.predicted_loss)}"),

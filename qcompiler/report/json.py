@@ -57,7 +57,9 @@ def _figures(manifest: Mapping[str, Any]) -> dict[str, Any]:
     names = ("bits_per_weight", "stored_bytes", "fp32_bytes", "realised_loss", "predicted_loss", "lower_bound", "gap")
     chosen = {name: manifest[name] for name in (*names, "seconds", "peak_rss_bytes")}
     held = manifest["calibration"]["held_back"]
-    return {**chosen, **manifest["fidelity"], "verified": bool(manifest["verification"]), "held_back": held}
+    uncounted = sum(weight["bytes"] for weight in manifest["uncounted"])
+    verified = bool(manifest["verification"])
+    return {**chosen, **manifest["fidelity"], "verified": verified, "held_back": held, "uncounted_bytes": uncounted}
 
 
 def _layer(
