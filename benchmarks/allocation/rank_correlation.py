@@ -1,7 +1,7 @@
 """Do predictions rank allocations as the truth does? Random allocations of a real model, both losses.
 
     python benchmarks/allocation/rank_correlation.py --assets DIR --models mobilenet_v2,efficientnet_lite0
-        [--allocations 50] [--cache DIR] [--samples N]
+        [--allocations 50] [--samples N] [--held-back] [--cache DIR]
 
 The options are those of `--target onnx` with float activations; the allocations have 2.5 to 6 stored bits a weight on
 average, evenly spread. "random" ones draw every site's option (and so destroy a convolution net: some layer always gets
@@ -81,8 +81,9 @@ def correlation(predicted: Floats, true: Floats) -> tuple[float, float]:
     return float(spearmanr(predicted, true).statistic), float(np.mean(within))
 
 
-def run(assets: Path, name: str, count: int, cache: Path | None, samples: int) -> dict[str, object]:
+def run(assets: Path, name: str, options: argparse.Namespace) -> dict[str, object]:
     """All figures of one model."""
+    count, cache, samples = options.allocations, options.cache, options.samples
     model = load_onnx(assets / "models" / f"{name}.onnx")
     arrays = feeds(assets, name, "calib")
     if arrays is None:
@@ -97,7 +98,7 @@ def run(assets: Path, name: str, count: int, cache: Path | None, samples: int) -
     measuring = time.process_time() - clock
     starts, gram = measured.cross()
     truth = TrueLoss(model, sites, plans, samples=samples, memory=2 << 30)
-    rest = held_back(model, truth.used)
+    rest = held_back(model, truth.used) if options.held_back else None
     judges = {"measured": truth}
     if rest is not None:
         judges["held back"] = TrueLoss(model, sites, plans, samples=rest.count, data=rest, memory=2 << 30)
@@ -135,11 +136,11 @@ def main() -> None:
     parser.add_argument("--models", default="mobilenet_v2,efficientnet_lite0")
     parser.add_argument("--allocations", type=int, default=50)
     parser.add_argument("--samples", type=int, default=0)
+    parser.add_argument("--held-back", action="store_true", help="also against losses on as many other samples")
     parser.add_argument("--cache", type=Path)
     arguments = parser.parse_args()
     for name in arguments.models.split(","):
-        found = run(arguments.assets, name, arguments.allocations, arguments.cache, arguments.samples)
-        print(json.dumps(found), flush=True)
+        print(json.dumps(run(arguments.assets, name, arguments)), flush=True)
 
 
 if __name__ == "__main__":

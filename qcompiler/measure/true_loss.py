@@ -3,8 +3,8 @@
 Predictions (`sensitivity`) add up what single changes lose. Here the model runs with the whole allocation, on the same
 samples, with the same rounding and judged the same way, so that predictions can be checked and the best ones re-ranked.
 
-Allocations that agree on the first segments of the chain share the run of these segments: evaluating them walks a tree,
-and all 4096 allocations of a six-layer net cost about as much as 1500 whole runs, most of them of the last layers only.
+Allocations that agree on the first segments of the chain share the run of these segments: evaluating them walks a tree.
+All 4096 allocations of a small net with six layers take 2.4 CPU seconds so, and 41 one by one.
 """
 
 from __future__ import annotations
