@@ -34,8 +34,10 @@ class InfeasibleProblem(ValueError):
 
     def __init__(self, least: Mapping[str, float], budgets: Mapping[str, float]) -> None:
         self.least = dict(least)
-        facts = ", ".join(f"{name}: at least {least[name]:g}, budget {budgets[name]:g}" for name in budgets)
-        super().__init__(f"no choice meets the budgets ({facts})")
+        over = [name for name in budgets if least[name] > budgets[name]]
+        facts = ", ".join(f"{name}: at least {least[name]:g}, budget {budgets[name]:g}" for name in over or budgets)
+        what = "no choice meets the budgets" if over else "each budget can be met alone, not together"
+        super().__init__(f"{what} ({facts})")
 
 
 class NoChoiceFound(RuntimeError):
@@ -171,7 +173,9 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """(objective - bound) / max(|objective|, |bound|), at least 0."""
+        """(objective - bound) / max(|objective|, |bound|), at least 0; inf where there is no bound."""
+        if not math.isfinite(self.bound):
+            return math.inf
         scale = max(abs(self.objective), abs(self.bound))
         return max(0.0, (self.objective - self.bound) / scale) if scale > 0 else 0.0
 

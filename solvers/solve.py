@@ -6,8 +6,22 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from qcompiler import registry
+from qcompiler.solvers.ilp import solve_ilp
+from qcompiler.solvers.knapsack import solve_lagrangian
+from qcompiler.solvers.metropolis import solve_metropolis
+from qcompiler.solvers.policy_search import solve_policy_search
 from qcompiler.solvers.problem import Problem, Solution
+from qcompiler.solvers.quadratic import solve_quadratic
+from qcompiler.solvers.soft_mixture import solve_soft_mixture
+
+METHODS: dict[str, Callable[[Problem, float], Solution]] = {
+    "lagrangian": solve_lagrangian,
+    "ilp": solve_ilp,
+    "quadratic": solve_quadratic,
+    "metropolis": solve_metropolis,
+    "soft-mixture": solve_soft_mixture,
+    "policy-search": solve_policy_search,
+}
 
 
 def solve(problem: Problem, method: str = "auto", deadline: float = 60.0) -> Solution:
@@ -15,7 +29,7 @@ def solve(problem: Problem, method: str = "auto", deadline: float = 60.0) -> Sol
 
     Args:
         problem: separable, or with terms between units.
-        method: a solver's name (`registry.names("solvers")`); "auto" takes "ilp" for a separable problem (from the
+        method: one of `METHODS`; "auto" takes "ilp" for a separable problem (from the
             Lagrangian solution to proven optimality, its core stays small at any size), "quadratic" for any other.
         deadline: seconds; when they have passed, the best choice and bound known are returned.
 
@@ -27,10 +41,8 @@ def solve(problem: Problem, method: str = "auto", deadline: float = 60.0) -> Sol
         NoChoiceFound: none was found in time.
         ValueError: an unknown method, or one that does not take what the problem has.
     """
-    known = registry.names("solvers")
-    if method != "auto" and method not in known:
-        raise ValueError(f"unknown method '{method}': use auto, {', '.join(sorted(known))}")
+    if method not in ("auto", *METHODS):
+        raise ValueError(f"unknown method '{method}': use auto, {', '.join(METHODS)}")
     name = method if method != "auto" else "ilp" if problem.separable else "quadratic"
-    solver: Callable[[Problem, float], Solution] = registry.find("solvers", name)
     start = time.monotonic()
-    return replace(solver(problem, deadline), seconds=time.monotonic() - start)
+    return replace(METHODS[name](problem, deadline), seconds=time.monotonic() - start)

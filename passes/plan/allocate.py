@@ -113,7 +113,7 @@ class Allocate(Pass):
         bits, size = assert_within(model, self.budgets)
         model.plan = replace(model.plan, solution=_facts(self, ledger, problem, solution, size))
         progress.note(
-            f"allocate: {bits_text(bits)}, predicted loss {solution.objective:.4g}, gap {solution.gap:.2%}"
+            f"allocate: {bits_text(bits)}, predicted loss {solution.objective:.4g}, {_gap_text(solution)}"
         )
         refused += [*(refusal for m in menus for refusal in m.refused), *passed_over(model, sites, progress)]
         table = _table(ledger, losses, solution)
@@ -187,8 +187,8 @@ def _facts(options: Allocate, ledger: Ledger, problem: Problem, solution: Soluti
     return {
         "budgets": list(options.budget),
         "predicted_loss": solution.objective,
-        "lower_bound": solution.bound,
-        "gap": solution.gap,
+        "lower_bound": solution.bound if math.isfinite(solution.bound) else None,
+        "gap": solution.gap if math.isfinite(solution.gap) else None,
         "method": solution.method,
         "status": solution.status,
         "prices": dict(solution.multipliers),
@@ -198,6 +198,10 @@ def _facts(options: Allocate, ledger: Ledger, problem: Problem, solution: Soluti
         "chosen": [bits, solution.objective],
         "curve": _curve(ledger, problem),
     }
+
+
+def _gap_text(solution: Solution) -> str:
+    return f"gap {solution.gap:.2%}" if math.isfinite(solution.gap) else f"no bound ({solution.method})"
 
 
 def _curve(ledger: Ledger, problem: Problem) -> list[list[float]]:
