@@ -99,7 +99,7 @@ def fisher(
     Args:
         model: float, with calibration data; the result is cached if it has a cache.
         sites: of `model`.
-        samples: of the calibration data, at most.
+        samples: of the calibration data, at most, evenly spread.
         draws: projections of each sample, a backward pass each.
         block: average over so many neighbouring columns, which takes less memory.
         kinds: how to judge an output, where `loss.output_kind` should not decide.
@@ -113,7 +113,7 @@ def fisher(
     begin = time.monotonic()
     twin = JudgedTwin(model, sites, samples, 1, kinds)
     names = [site.name for site in sites]
-    store = Store(model, "fisher", samples, sorted((kinds or {}).items()))
+    store = Store(model, "fisher", "spread", samples, sorted((kinds or {}).items()))
 
     def measure() -> dict[str, npt.NDArray[Any]]:
         sums, totals = _squares(twin, sites, (block, draws, seed), progress or Silent())
@@ -144,7 +144,7 @@ def hessian_traces(
     Args:
         model: float, with calibration data; where it has a cache every probe is kept, so a killed run goes on.
         sites: of `model`.
-        samples: of the calibration data, at most.
+        samples: of the calibration data, at most, evenly spread.
         tolerance: stop when every site's standard error is below this share of its trace (after 8 probes at least).
         most: probes at most.
         kinds: how to judge an output, where `loss.output_kind` should not decide.
@@ -158,7 +158,7 @@ def hessian_traces(
     begin = time.monotonic()
     twin = JudgedTwin(model, sites, samples, None, kinds)
     names = [site.name for site in sites]
-    store = Store(model, "hutchinson", samples, sorted((kinds or {}).items()))
+    store = Store(model, "hutchinson", "spread", samples, sorted((kinds or {}).items()))
     found: list[npt.NDArray[np.float64]] = []
     error = np.zeros(len(names))
     for number in (progress or Silent()).track(range(most), "traces"):

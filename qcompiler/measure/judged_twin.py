@@ -33,7 +33,7 @@ class JudgedTwin:
     Args:
         model: float, with calibration data.
         sites: whose weights gradients are wanted for.
-        samples: of the data, at most.
+        samples: of the data, at most, evenly spread.
         batch: samples at a time; as many as memory suggests if None.
         kinds: how to judge an output, where `loss.output_kind` should not decide.
 
@@ -56,7 +56,7 @@ class JudgedTwin:
         data = calibration_of(model)
         self._inputs = [str(v.name) for v in model.graph.inputs if v.const_value is None]
         size = batch or _batch(sites, data)
-        self.batches: list[Feeds] = [shortened(model.ir, f, _LENGTH) for f in data.batches(size, samples)]
+        self.batches: list[Feeds] = [shortened(model.ir, f, _LENGTH) for f in data.spread(samples).batches(size)]
         self.samples = min(samples, data.count)
         self._outputs = [str(v.name) for v in model.graph.outputs]
         self.kinds: dict[str, Kind] = {}

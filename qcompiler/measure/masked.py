@@ -55,7 +55,7 @@ def masked_sensitivity(
         sites: of `model`.
         candidates: as in `sensitivities`.
         disturb: "weight": quantized in each format. "output": random blocks of 16 neighbouring elements become 0.
-        samples: a few.
+        samples: a few, evenly spread over the data.
         synthetic: made-up samples instead of the calibration data, which then need not be there.
         share: of the blocks of an output that become 0.
         draws: masks tried at each site.
@@ -79,7 +79,7 @@ def masked_sensitivity(
         return _normalised(replace(found, sketches=tuple(s[:, :0] for s in found.sketches), mode="masked"))
     begin = time.monotonic()
     masks = _Masks(model, sites, samples, kinds)
-    store = Store(model, "mask", samples, sorted((kinds or {}).items()))
+    store = Store(model, "mask", "spread", samples, sorted((kinds or {}).items()))
     losses: dict[str, npt.NDArray[np.float64]] = {}
     for index in (progress or Silent()).track(range(len(sites)), "masks"):
         stored = store.get(
@@ -130,7 +130,7 @@ class _Masks:
         dtypes = {str(v.name): v.dtype for v in copy.graph.inputs if v.dtype is not None}
         self._feeds = [
             {**feeds, **{name: np.ones(1, dtypes[name].numpy()) for name in names}}
-            for feeds in data.batches(samples, samples)
+            for feeds in data.spread(samples).batches(samples)
         ]
         shapes = Runner(copy, outputs=values)
         self._shapes = [{name: array.shape for name, array in shapes(feeds).items()} for feeds in self._feeds]
