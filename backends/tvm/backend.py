@@ -99,6 +99,7 @@ class CpuBackend:
         if not model.lowered:
             raise PassRefused("the model is not lowered", where=model.name, fix="run InsertQDQ before the backend")
         from qcompiler.backends.tvm.build import build_library, features_of, has_vnni, host_target
+        from qcompiler.backends.tvm.dimensions import name_dimensions
         from qcompiler.backends.tvm.importer import import_model
         from qcompiler.backends.tvm.kernels import KernelSet
         from qcompiler.backends.tvm.rewrite import Rewrite
@@ -106,7 +107,9 @@ class CpuBackend:
         target = host_target(self.cpu or None)
         kernels = KernelSet("vnni" if has_vnni(target) else "portable")
         signature = _signature(model.ir)
-        rewrite = Rewrite(model.ir.clone(), kernels)
+        work = model.ir.clone()
+        name_dimensions(work, model.calibration)
+        rewrite = Rewrite(work, kernels)
         rewrite.run()
         module = _imported(import_model, rewrite.model, kernels, model.name)
         progress.note(f"cpu: {sum(rewrite.counts.values())} packed operations, {len(kernels)} kernels ({kernels.dot})")
