@@ -20,6 +20,8 @@ from qcompiler.passes.plan.candidates import Activations, Menu, menu, passed_ove
 from qcompiler.passes.plan.decide import SEPARABLE, contenders, reranked, runs, solved
 from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
+from qcompiler.passes.plan.path import solved_path
+from qcompiler.passes.plan.measured import Measured, require_clock
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Progress
@@ -42,7 +44,7 @@ class Allocate(Pass):
     loss, a proven lower bound and the gap.
 
     Attributes:
-        budget: "3.5bits", "120MB", or several that hold together.
+        budget: "3.5bits", "120MB", "8ms" (where the target can measure it), "1.2Gbops", or several that hold together.
         target: offers the options.
         bits: widths to consider.
         group_sizes: group sizes to offer beside the target's own.
@@ -54,6 +56,7 @@ class Allocate(Pass):
         loss: where the losses of the options come from: "gram" (each option alone, and how the changes of the
             model's output line up), "ablation" (the same without terms between sites), "pairwise" (CLADO), "fisher",
             "hutchinson", "hessian" (BAQ), "masked" and "masked-output" (OHQ).
+        pareto: points of the size-against-loss path to solve for, each with its bound; 0: none.
         rerank: how many of the best answers to run whole (fewer for large models); 1 takes the solver's.
         samples: calibration samples to measure with; 0: as many as the time allows.
         seconds: time that measuring may take.
@@ -69,6 +72,7 @@ class Allocate(Pass):
     method: str = "auto"
     loss: str = "gram"
     rerank: int = 8
+    pareto: int = 0
     samples: int = 0
     seconds: float = 240.0
 
@@ -82,6 +86,8 @@ class Allocate(Pass):
                 raise BadOption(f"{name} cannot be '{getattr(self, name)}'", "allocate", f"use {', '.join(known)}")
         if not self.bits or min(self.bits) < 2 or any(size < 1 for size in self.group_sizes):
             raise BadOption("bits must be 2 or more, group sizes positive", "allocate")
+        if self.pareto < 0 or self.pareto == 1:
+            raise BadOption("a path has at least 2 points", "allocate", "set pareto to 2 or more, or to 0 for none")
         if self.rerank < 1:
             raise BadOption("rerank must be 1 or more", "allocate", "1 takes the solver's answer")
         if self.method != "auto":
@@ -91,6 +97,11 @@ class Allocate(Pass):
     def budgets(self) -> tuple[Budget, ...]:
         """The budgets, parsed."""
         return tuple(parse_budget(text) for text in self.budget)
+
+    def foresee(self, model: Model) -> None:
+        """Refuse a budget in seconds where the target cannot measure them."""
+        del model
+        require_clock(target_for(self.target, _ACTIVATIONS[self.activations]), self.budgets)
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.plan`."""
@@ -102,28 +113,47 @@ class Allocate(Pass):
         menus = [menu(backend, site, self.bits, self.group_sizes, mode) for site in free]
         menus, groups, refused = _tied(menus, self._tie_names(backend, model, free))
         ledger = Ledger.of(model, sites, menus, kept)
+        ledger.require_feasible([budget for budget in self.budgets if budget.stored], groups)
+        timing = Measured(model, backend, sites, self.budgets, progress)
+        ledger = timing.price(ledger, groups)
         ledger.require_feasible(self.budgets, groups)
         losses = measured_losses(model, ledger.menus, self.loss, self.samples, self.seconds, progress)
-        cross = None if self.method in SEPARABLE else losses.cross
-        problem = replace(ledger.problem(losses.rows, self.budgets, groups), cross=cross)
-        solution = self._solve(problem)
-        solution, judged = self._rerank(model, ledger.menus, problem, solution, progress)
+        ledger, problem, solution, judged = self._decide(model, timing, ledger, groups, losses)
         decided = {m.site.name: m.plans[int(o)] for m, o in zip(ledger.menus, solution.choice, strict=True)}
         model.plan = Plan(decided, kept=kept)
         bits, size = assert_within(model, self.budgets)
-        model.plan = replace(model.plan, solution=_facts(self, ledger, problem, solution, size))
-        progress.note(
-            f"allocate: {bits_text(bits)}, predicted loss {solution.objective:.4g}, {_gap_text(solution)}"
-        )
+        facts = _facts(self, ledger, problem, solution, size)
+        if self.pareto and ledger.menus:
+            facts["pareto"] = solved_path(ledger, problem, self.pareto, progress)
+        model.plan = replace(model.plan, solution=facts)
+        progress.note(f"allocate: {bits_text(bits)}, predicted loss {solution.objective:.4g}, {_gap_text(solution)}")
         refused += [*(refusal for m in menus for refusal in m.refused), *passed_over(model, sites, progress)]
         table = _table(ledger, losses, solution)
         metrics = {"bits_per_weight": bits, "stored_bytes": size, "sites": table, "measured": dict(losses.facts)}
-        metrics["runs"] = judged
+        metrics |= {"runs": judged, "latency": timing.facts}
         return PassReport("allocate", len(decided), tuple(refused), metrics)
 
     def _tie_names(self, backend: Backend, model: Model, sites: Sequence[Site]) -> list[tuple[str, ...]]:
         ties = getattr(backend, "ties", "none") if self.ties == "target" else self.ties
         return [] if ties == "none" else tie_groups(model.ir, sites, add_inputs=ties == "adds")
+
+    def _decide(
+        self, model: Model, timing: Measured, ledger: Ledger, groups: Sequence[tuple[int, ...]], losses: Losses
+    ) -> tuple[Ledger, Problem, Solution, dict[str, Any]]:
+        """Solve, run the best answers, and keep to the latencies; what was run whole comes last."""
+        cross = None if self.method in SEPARABLE else losses.cross
+        judged: dict[bytes, dict[str, Any]] = {}
+
+        def pose(priced: Ledger) -> Problem:
+            return replace(priced.problem(losses.rows, self.budgets, groups), cross=cross)
+
+        def answer(problem: Problem) -> Solution:
+            solution, facts = self._rerank(model, ledger.menus, problem, self._solve(problem), timing.progress)
+            judged[solution.choice.tobytes()] = facts
+            return solution
+
+        final, solution = timing.confirm(ledger, answer(pose(ledger)), pose, answer)
+        return final, pose(final), solution, judged[solution.choice.tobytes()]
 
     def _solve(self, problem: Problem) -> Solution:
         try:

@@ -24,6 +24,7 @@ from qcompiler.measure.cache import Cache
 from qcompiler.measure.latency import Part, Shapes
 from qcompiler.model import Model
 from qcompiler.passes.plan import measured
+from qcompiler.passes.plan.allocate import Allocate
 from qcompiler.passes.plan.candidates import Menu
 from qcompiler.passes.plan.ledger import Ledger, Priced
 from qcompiler.passes.plan.measured import Measured
@@ -364,3 +365,24 @@ def test_trials_leave_the_model_alone() -> None:
     assert kinds.count("DequantizeLinear") == 4
     assert kinds.count("QuantizeLinear") == 1
     assert Fraction(found[0]) >= 0
+
+
+def test_allocate_keeps_to_bit_operations() -> None:
+    model = model_of(samples=16)
+    report = Allocate(budget=("6kbops",), bits=(2, 4, 8), activations="float").run(model, Silent())
+    assert 0 < report.metrics["latency"]["bops"] <= 6000
+    assert {plan.weight.bits for plan in model.plan.sites.values() if plan.weight} != {8}
+
+
+def test_allocate_foresees_that_a_target_has_no_clock() -> None:
+    with pytest.raises(BadOption, match="target onnx cannot measure times"):
+        Allocate(budget=("8ms",), target="onnx").foresee(model_of())
+
+
+def test_allocate_times_the_artifacts_of_target_cpu() -> None:
+    pytest.importorskip("tvm")
+    model = model_of(samples=16)
+    facts = Allocate(budget=("1s", "8MB"), target="cpu", bits=(4, 8)).run(model, Silent()).metrics["latency"]
+    assert 0 < facts["seconds"]["fixed"] <= facts["seconds"]["fastest"] < 1
+    assert 0 < facts["seconds"]["measured"] < 1
+    assert set(model.plan.sites) == {"a", "b", "c"}
