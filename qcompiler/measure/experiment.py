@@ -92,7 +92,7 @@ class Experiment:
         chosen = choose_samples(self.chain, data, sites, samples, kinds)
         self.samples = chosen.used
         self.batches = chosen.batches(model.ir, data)
-        self.store = Store(model, "spread", chosen.used, chosen.length, sorted((kinds or {}).items()))
+        self.store = Store(model, "spread", chosen.used, chosen.batch, chosen.length, sorted((kinds or {}).items()))
         self._kinds = kinds
         self._last: Probes | None = None
 

@@ -65,7 +65,7 @@ def choose_samples(
     """
     most = _largest_batch(data, sites)
     used, length = (min(samples, data.count), None) if samples else _enough(chain, data, kinds, most)
-    return Samples(used, length, most)
+    return Samples(used, length, -(-used // -(-used // most)))  # batches of one size: each counts as much
 
 
 def _largest_batch(data: Calibration, sites: Sequence[Site]) -> int:

@@ -77,7 +77,7 @@ class TrueLoss:
         chosen = choose_samples(self._chain, own, sites, samples, kinds)
         self._feeds = chosen.batches(model.ir, own)
         self.used, self.runs = chosen.used, 0
-        facts = (own.fingerprint, chosen.used, chosen.length, sorted((kinds or {}).items()))
+        facts = (own.fingerprint, chosen.used, chosen.batch, chosen.length, sorted((kinds or {}).items()))
         self._key = measurement_key(model, "true loss", "spread", *facts) if model.cache is not None else None
         self._weights = QuantizedWeights(self._sites, self._specs, memory)
         self._here = [[i for i, s in enumerate(sites) if s.weight.name in segment.weights] for segment in self._chain]

@@ -164,11 +164,9 @@ def test_samples_that_measuring_did_not_use() -> None:
 
 
 def test_several_batches_average() -> None:
-    model = network(samples=1024)
-    assert model.calibration is not None
-    truth = truth_of(model, samples=1024)
-    halves = [direct(model, (0, 1, 2, 3), model.calibration.part(start, start + 512)) for start in (0, 512)]
-    assert truth.loss((0, 1, 2, 3)) == pytest.approx(np.mean(halves), rel=1e-4)
+    model = network(samples=600)  # at most 512 make a batch: all samples count alike
+    truth = truth_of(model, samples=600)
+    assert truth.loss((0, 1, 2, 3)) == pytest.approx(direct(model, (0, 1, 2, 3)), rel=1e-4)
     assert truth.parts([(0, 1, 2, 3)]).shape == (1, 16)
 
 
