@@ -98,6 +98,9 @@ class CompileResult:
         return load_artifact(self.artifact).run(feeds)
 
 
+_NO_LIMIT = "64bits"
+
+
 def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     model: Model | Path | str,
     target: str = "cpu",
@@ -113,13 +116,15 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     progress: Progress | None = None,
     preprocess: str | None = None,
     tokenizer: Path | str | None = None,
+    pareto: int = 0,
 ) -> CompileResult:
     """Compile a model under a budget into a verified artifact.
 
     Args:
         model: an ONNX file, or what `load` or `capture` returned; it is not changed.
         target: name of a backend: "cpu" or "onnx".
-        budget: "3.5bits" (average stored bits per weight) or "120MB", or several that hold together.
+        budget: "3.5bits" (average stored bits per weight), "120MB", "8ms" (measured latency of a sample on this
+            machine, target cpu), "1.2Gbops" (bit operations of a sample), or several that hold together.
         calibration: .npz or .npy, a folder of images, a text file, an iterable of feeds, a `Calibration`;
             without any, the compiler makes inputs and accuracy suffers.
         pipeline: name of a recipe, a TOML file or a `Pipeline`; by default the recipe that suits the model.
@@ -132,6 +137,8 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
         progress: what long work reports to; nothing by default.
         preprocess: how a folder of images becomes inputs (see `calibration.from_path`).
         tokenizer: tokenizer.json that turns a text file into inputs.
+        pareto: solve for so many sizes (2 or more) and stop after planning, as with `explain`; the points are
+            `result.plan.solution["pareto"]`. Without a budget, the plan is the one that loses least.
 
     Raises:
         QcompilerError: bad input, infeasible budget, unwritable output, failed verification; one line each.
@@ -139,7 +146,10 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     start = time.monotonic()
     progress = progress or Silent()
     model = model if isinstance(model, Model) else _path_of(model)
-    options = _options(target, budget, keep, seed, activations)
+    explain = explain or pareto > 0
+    options = _options(target, _NO_LIMIT if pareto and not budget else budget, keep, seed, activations)
+    if pareto:
+        options = replace(options, pareto=pareto, given=options.given | {"pareto"})
     backend: Backend = registry.find("backends", target)()
     if not explain:
         require_toolchain(backend)

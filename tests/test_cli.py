@@ -190,6 +190,16 @@ def test_explain_writes_nothing(work: Path, capsys: pytest.CaptureFixture[str]) 
     assert left_behind(work) == set()
 
 
+def test_pareto_prints_sizes_and_writes_a_page(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["two.onnx", "--target", "onnx", "--calib", "calib.npz", "--pareto", "--json"]
+    assert run_command([*line, "-o", "sizes.html"]) == 0
+    assert "predicted loss" in capsys.readouterr().out
+    assert left_behind(work) == {"sizes.html"}
+    page = (work / "sizes.html").read_text()
+    assert page.count("<tr>") > 3
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
 def test_explain_lists_what_is_kept(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "plain.toml").write_text(PIPELINE.replace("[[pass]]", '[[pass]]\nkeep = ["node"]', 1))
     assert run_command(compile_line("--explain")) == 0

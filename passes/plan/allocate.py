@@ -20,8 +20,8 @@ from qcompiler.passes.plan.candidates import Activations, Menu, menu, passed_ove
 from qcompiler.passes.plan.decide import SEPARABLE, contenders, reranked, runs, solved
 from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
-from qcompiler.passes.plan.path import solved_path
 from qcompiler.passes.plan.measured import Measured, require_clock
+from qcompiler.passes.plan.path import solved_path
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Progress
@@ -32,6 +32,7 @@ from qcompiler.target import Backend
 _ACTIVATIONS: dict[str, Activations] = {"auto": "auto", "float": "float", "static": "static", "dynamic": "dynamic"}
 _TIES = ("target", "none", "inputs", "adds")
 _CURVE_POINTS = 100
+_MORE_SAMPLES = 4  # than losses were measured on: the best of many on few samples is the best for these samples
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ class Allocate(Pass):
             return replace(priced.problem(losses.rows, self.budgets, groups), cross=cross)
 
         def answer(problem: Problem) -> Solution:
-            solution, facts = self._rerank(model, ledger.menus, problem, self._solve(problem), timing.progress)
+            samples = _MORE_SAMPLES * int(losses.facts.get("samples", 0))
+            solution, facts = self._rerank(model, ledger.menus, problem, self._solve(problem), samples, timing.progress)
             judged[solution.choice.tobytes()] = facts
             return solution
 
@@ -164,14 +166,20 @@ class Allocate(Pass):
             raise BadOption(f"method '{self.method}': {error}", "allocate", 'use "auto"') from error
 
     def _rerank(
-        self, model: Model, menus: Sequence[Menu], problem: Problem, solution: Solution, progress: Progress
+        self,
+        model: Model,
+        menus: Sequence[Menu],
+        problem: Problem,
+        solution: Solution,
+        samples: int,
+        progress: Progress,
     ) -> tuple[Solution, dict[str, Any]]:
-        """The best answers run whole, and the one that then loses least."""
+        """The best answers run whole on so many samples, and the one that then loses least."""
         most = runs(self.rerank, sum(m.site.count for m in menus))
         choices = contenders(problem, solution, most) if most > 1 and menus else []
         if len(choices) < 2:
             return solution, {}
-        truth = TrueLoss(model, [m.site for m in menus], [list(m.plans) for m in menus], samples=self.samples)
+        truth = TrueLoss(model, [m.site for m in menus], [list(m.plans) for m in menus], samples=samples)
         progress.note(f"running the {len(choices)} best allocations")
         return reranked(problem, solution, truth, choices)
 

@@ -57,6 +57,23 @@ def new_folder(out: Path) -> Generator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write one file whole or not at all; an earlier one is replaced.
+
+    Raises:
+        OutputError: it cannot be written there.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, "utf-8")
+        part.replace(path)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        raise OutputError(f"cannot write there ({reason})", str(path), "choose another file with -o") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _refuse_foreign(out: Path) -> None:
     if not (out.exists() or out.is_symlink()):
         return

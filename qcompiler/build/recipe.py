@@ -27,6 +27,7 @@ class Options:
         keep: patterns of sites that stay float.
         seed: of everything random.
         activations: "auto" (what the target does best), "float", "static" or "dynamic".
+        pareto: points of the size-against-loss path to solve for; 0: none.
     """
 
     target: str
@@ -35,6 +36,7 @@ class Options:
     seed: int = 0
     activations: str = "auto"
     given: frozenset[str] = field(default_factory=frozenset[str])
+    pareto: int = 0
 
     def __post_init__(self) -> None:
         if self.activations not in ACTIVATIONS:
@@ -74,14 +76,14 @@ def default_recipe(model: Model) -> str:
 
 
 def fill(pipeline: Pipeline, options: Options) -> Pipeline:
-    """Set `target`, `budget`, `keep`, `seed` and `activations` of every pass that has them."""
+    """Set `target`, `budget`, `keep`, `seed`, `activations` and `pareto` of every pass that has them."""
     taken: set[str] = set()
     passes: list[Pass] = []
     for item in pipeline.passes:
         known = {f.name: f for f in fields(item)}
         values = {
             name: _as_field(known[name], getattr(options, name))
-            for name in ("target", "budget", "keep", "seed", "activations")
+            for name in ("target", "budget", "keep", "seed", "activations", "pareto")
             if name in known and (name in options.given or getattr(item, name) == known[name].default)
         }
         values = {name: value for name, value in values.items() if value or name in options.given}

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from qcompiler.api import CompileResult
 
 
+_PARETO_POINTS = 25
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -27,7 +30,7 @@ def command(
     target: Annotated[str, typer.Option(help="What the artifact runs on: cpu or onnx.")] = "cpu",
     budget: Annotated[
         list[str] | None,
-        typer.Option(metavar="B", help="3.5bits (average stored bits a weight) or 120MB; several hold together."),
+        typer.Option(metavar="B", help="3.5bits (average stored bits a weight), 120MB, 8ms or 1.2Gbops; several hold."),
     ] = None,
     calib: Annotated[
         str | None,
@@ -47,6 +50,9 @@ def command(
     resume: Annotated[bool, typer.Option(help="Go on from earlier measurements in the cache.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Print plan and expected memory; write nothing.")] = False,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Solve for 25 sizes: a table, and a plot in OUT or NAME.pareto.html.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
@@ -56,14 +62,36 @@ def command(
 
     result = compile_model(
         model, target, budget or [], calib, pipeline, keep or [], output, seed, resume, activations, explain,
-        Terminal(), preprocess, tokenizer,
+        Terminal(), preprocess, tokenizer, _PARETO_POINTS if pareto else 0,
     )  # fmt: skip
+    if pareto:
+        _print_path(result, output or Path(f"{model.stem}.pareto.html"), model.stem)
+        explain = False
     if explain:
         _print_plan(result)
     if json:
         print_json(result.summary())
-    elif not explain:
+    elif not explain and not pareto:
         _print_summary(result)
+
+
+def _print_path(result: CompileResult, page: Path, name: str) -> None:
+    from qcompiler.artifact.folder import write_file
+    from qcompiler.report.html import render_path
+
+    points = result.plan.solution.get("pareto", [])
+    rows = [
+        [
+            f"{p['bits']:.3f}",
+            size(p["bytes"]),
+            *(brief(p[key], ".4g") for key in ("loss", "bound")),
+            brief(p["gap"], ".2%"),
+        ]
+        for p in points
+    ]
+    print_table(["bits per weight", "stored", "predicted loss", "bound", "gap"], rows, left=0)
+    write_file(page, render_path(name, result.target, points))
+    print_facts([("plot", str(page))])
 
 
 def _print_plan(result: CompileResult) -> None:

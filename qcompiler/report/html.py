@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -12,12 +12,8 @@ from qcompiler.report import plots
 
 def render(data: Mapping[str, Any]) -> str:
     """The page for the data that `report.json.collect` puts together."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(size=plots.size, brief=brief, percent=percent, color=plots.bits_color)
-    template = environment.from_string((resources.files(__package__ or "") / "page.jinja").read_text("utf-8"))
     layers = data["layers"]
     charts = {
         "bits": plots.bits_per_layer(layers),
@@ -29,7 +25,32 @@ def render(data: Mapping[str, Any]) -> str:
         "ranges": plots.activation_ranges(data["ranges"]),
     }
     plain = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    return template.render(**data, charts={name: Markup(svg) for name, svg in charts.items()}, plain=Markup(plain))
+    pictures = {name: Markup(svg) for name, svg in charts.items()}
+    return _filled("page.jinja", **data, charts=pictures, plain=Markup(plain))
+
+
+def render_path(name: str, target: str, points: Sequence[Mapping[str, Any]]) -> str:
+    """A page with the size-against-loss path: `points` as `plan.solution["pareto"]` holds them."""
+    from markupsafe import Markup
+
+    chart = plots.size_curve({
+        "points": [(p["bits"], p["loss"]) for p in points],
+        "bounds": [(p["bits"], p["bound"]) for p in points if p["bound"] is not None],
+        "chosen": (0.0, 0.0),
+    })  # fmt: skip
+    return _filled("pareto.jinja", name=name, target=target, points=points, chart=Markup(chart))
+
+
+def _filled(template: str, **values: Any) -> str:
+    """A template of this folder with values, and the style that all pages share."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(size=plots.size, brief=brief, percent=percent, color=plots.bits_color)
+    folder = resources.files(__package__ or "")
+    page = environment.from_string((folder / template).read_text("utf-8"))
+    return page.render(**values, style=Markup((folder / "style.css").read_text("utf-8")))
 
 
 def _judged_by(held_back: int) -> str:

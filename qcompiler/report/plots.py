@@ -115,7 +115,10 @@ def predicted_realised(layers: Sequence[Layer], data: str) -> str:
 
 
 def size_curve(curve: Mapping[str, Any] | None) -> str:
-    """The best loss at each size, the chosen point, and the proven lower bound at the chosen size."""
+    """The best loss at each size, the chosen point, and the proven lower bound at the chosen size.
+
+    With `bounds` in `curve`, [(bits, bound)], what is proven at every size is drawn as well.
+    """
     points: list[tuple[float, float]] = [] if not curve else [(b, v) for b, v in curve["points"] if v > 0]
     if not curve or len(points) < 2:
         return ""
@@ -130,6 +133,9 @@ def size_curve(curve: Mapping[str, Any] | None) -> str:
     d.y_axis(ticks if len(ticks) > 1 else [low * 1.6, high / 1.6], y, "predicted loss")
     d.x_axis(round_ticks(left, right), x, "stored bits per weight")
     d.path([(x(b), y(v)) for b, v in sorted(points)], "curve")
+    proven: list[tuple[float, float]] = [(b, v) for b, v in curve.get("bounds", ()) if v >= low]
+    if len(proven) > 1:
+        d.path([(x(b), y(v)) for b, v in sorted(proven)], "bound")
     for b, v in points:
         d.dot(x(b), y(v), 2, "fill:var(--accent)", f"{b:.3f} bits: loss {v:.3g}")
     if loss and loss > 0:

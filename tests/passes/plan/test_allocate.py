@@ -210,6 +210,23 @@ def test_the_answer_that_is_truly_best_is_taken(measured: Measured) -> None:
     assert second.plan.solution["gap"] >= first.plan.solution["gap"]
 
 
+def test_the_path_of_sizes_is_solved_and_bounded(measured: Measured) -> None:
+    measured.direction = {"q": np.array([1.0, 0.2]), "k": np.array([-1.0, 0.1]), "out": np.array([0.5, 1.0])}
+    done, _ = run(Allocate("64bits", pareto=7))
+    points = done.plan.solution["pareto"]
+    assert [len(point) for point in points] == [5] * 7
+    for a, b in itertools.pairwise(points):
+        assert a["bits"] <= b["bits"]
+        assert a["loss"] >= b["loss"]
+    for point in points:
+        assert point["bound"] <= point["loss"] * (1 + 1e-9)
+        single, _ = run(Allocate(f"{point['bits'] + 1e-9}bits", rerank=1))
+        assert point["loss"] == pytest.approx(single.plan.solution["predicted_loss"], rel=0.006)
+        assert stored_bytes(single) <= point["bytes"]
+    with pytest.raises(BadOption):
+        Allocate("4bits", pareto=1)
+
+
 def test_sensitive_sites_get_more_bits_and_the_fastest_activations(measured: Measured) -> None:
     done, _ = run(Allocate("4.5bits"))
     width = {name: plan.weight.bits for name, plan in done.plan.sites.items() if plan.weight}
