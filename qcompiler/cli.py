@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     A request to terminate unwinds as an error does, so that it leaves nothing half-written behind.
     """
+    if not sys.warnoptions:  # what libraries have to say of their own code is no message to the user
+        warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
 

@@ -100,7 +100,7 @@ class Preprocess:
 
 def _build(given: dict[str, str]) -> Preprocess:
     mean, std = _numbers(given.get("mean", "0.5")), _numbers(given.get("std", "0.5"))
-    full = float(given.get("range", "1"))
+    full = _numbers(given.get("range", "1"))[0]
     if not all(np.isfinite([full, *mean, *std])) or 0 in std or full <= 0:
         raise ValueError("range and std must be finite and not zero")
     if {len(mean), len(std)} - {1, 3}:
@@ -118,12 +118,16 @@ def _build(given: dict[str, str]) -> Preprocess:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split("/"))
+    try:
+        return tuple(float(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"'{text}' is no number, nor several joined by '/'") from None
 
 
 def _size(text: str) -> Size:
-    sides = [int(part) for part in text.split("x")]
-    if len(sides) not in (1, 2) or not all(0 < side <= MAX_SIDE for side in sides):
+    parts = text.split("x")
+    sides = [int(part) for part in parts if part.isascii() and part.isdigit()]
+    if len(parts) not in (1, 2) or len(sides) < len(parts) or not all(0 < side <= MAX_SIDE for side in sides):
         raise ValueError(f"'{text}' is no size: give pixels, as 224 or 224x320")
     return (sides[0], sides[-1])
 

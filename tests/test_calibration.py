@@ -172,6 +172,15 @@ def test_arrays_that_do_not_fit(arrays: dict[str, np.ndarray], message: str) -> 
     assert str(caught.value).startswith("here")
 
 
+@pytest.mark.filterwarnings("error")
+def test_data_narrower_than_the_input_is_checked_without_a_warning() -> None:
+    half = np.array([[1, 65504]], np.float16)
+    (feeds,) = Calibration.from_arrays({"x": half}, typed(F, ["n", 2])).batches(4)
+    assert feeds["x"].dtype == np.float32
+    with pytest.raises(BadData, match="infinity"):
+        Calibration.from_arrays({"x": np.array([[1, np.inf]], np.float16)}, typed(F, ["n", 2]))
+
+
 def test_a_mask_of_minus_infinity_is_taken() -> None:
     mask = np.where(RNG.random((4, 3, 8, 8)) < 0.5, 0, -np.inf).astype(np.float32)
     assert feeds_check(IMAGES, {"x": mask}).count == 4
@@ -336,6 +345,14 @@ def test_resize_and_crop(tmp_path: Path) -> None:
 )
 def test_preprocess_text_that_means_nothing(text: str) -> None:
     with pytest.raises(BadOption, match="--preprocess"):
+        Preprocess.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("resize=x", "'x' is no size"), ("crop=8x", "'8x' is no size"), ("mean=a", "'a' is no number")]
+)
+def test_preprocess_text_that_is_no_number_is_named(text: str, reason: str) -> None:
+    with pytest.raises(BadOption, match=f"--preprocess: {reason}"):
         Preprocess.parse(text)
 
 

@@ -161,7 +161,8 @@ def _check_types(model: Model) -> None:
         if tensor.dtype != ir.DataType.FLOAT:
             found = f"{tensor.dtype.numpy()} in weight '{site.weight.name}'"
             what = f"target cpu runs float32 models only; found {found}"
-            raise BadModel(what, model.name, "use --target onnx")
+            fix = "convert it to float32" if tensor.dtype == ir.DataType.BFLOAT16 else "use --target onnx"
+            raise BadModel(what, model.name, fix)
 
 
 def _conv_specs(site: Site, width: int) -> list[QuantSpec]:

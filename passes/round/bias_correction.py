@@ -92,7 +92,7 @@ class BiasCorrection(Pass):
             reference = exact.outputs(site.name)
             shift = _best_shift(reference, found.outputs(site.name), bounds or (-np.inf, np.inf))
             shifts[site.name] = shift
-            sizes[site.name] = float(np.abs(shift).max() / max(reference.std(), 1e-12))
+            sizes[site.name] = float(np.abs(shift).max() / max(reference.std(dtype=np.float64), 1e-12))
             constant = simulated.graph.initializers[_shift_name(site)].const_value
             assert constant is not None
             found.replaced[_shift_name(site)] = shift.reshape(constant.numpy().shape)

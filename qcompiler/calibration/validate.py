@@ -202,7 +202,8 @@ def _check_finite(name: str, rows: Rows, wanted: np.dtype[Any], where: str) -> N
     """No NaN, no infinity, also not after the cast; an input of zeros and minus infinity alone is an additive mask."""
     if rows.dtype.kind in "biu":
         return
-    limit = float(ml_dtypes.finfo(wanted).max) if wanted.kind not in "biu" else np.inf
+    limit = float(ml_dtypes.finfo(rows.dtype).max)  # comparing with more than the rows' type can hold overflows
+    limit = min(limit, float(ml_dtypes.finfo(wanted).max)) if wanted.kind not in "biu" else limit
     step = max(1, _CHUNK // max(1, int(np.prod(rows.shape[1:], dtype=np.int64))))
     masked, plain = -1, False  # the first sample with minus infinity; whether there are other numbers than zero
     for start in range(0, rows.shape[0], step):

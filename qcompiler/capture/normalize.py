@@ -102,10 +102,20 @@ def _uplift(model: ir.Model, where: str) -> ir.Model:
         if version < OPSET:
             version_converter.convert_version(model, OPSET)
     except Exception as error:  # both converters raise whatever they like
+        _refuse_unknown(model, where)
         reason = root_cause(error)
         fix = "export the model with opset 18 or later"
         raise BadModel(f"cannot be converted from opset {version} to {OPSET} ({reason})", where, fix) from error
     return model
+
+
+def _refuse_unknown(model: ir.Model, where: str) -> None:
+    """Name the first operator that claims to be one of ONNX and is none."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
+            label = node.name or node.outputs[0].name
+            what = f"node '{label}' has the operator '{node.op_type}', which no version of ONNX has"
+            raise BadModel(what, where, "export the model with operators of ONNX, or name the operator's own domain")
 
 
 def _convert_with_onnx(model: ir.Model, target: int) -> ir.Model:

@@ -77,12 +77,13 @@ def load_onnx(path: Path, workdir: Path | None = None) -> Model:
     _check_finite(captured, sources.notes, str(path))
     captured = normalize(captured, str(path))
     _check_interface(captured, str(path))
+    captured.meta["file"] = str(path)  # for messages
     captured.meta["folder"] = folder  # tensors read from it as long as the graph lives
     return Model(captured, name=path.stem, workdir=folder)
 
 
 def _check_interface(model: ir.Model, where: str) -> None:
-    """Refuse inputs and outputs that no array of numbers can be."""
+    """Refuse inputs and outputs that no array of numbers can be, and inputs that hold none."""
     for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
         for value in values:
             plain = value.type is None or isinstance(value.type, ir.TensorType)
@@ -90,6 +91,10 @@ def _check_interface(model: ir.Model, where: str) -> None:
                 what = "a text" if plain else f"a {type(value.type).__name__.removesuffix('Type').lower()}"
                 fix = "export a model whose inputs and outputs are tensors of numbers"
                 raise BadModel(f"{kind} '{value.name}' is {what}", where, fix)
+    for value in model.graph.inputs:
+        if value.shape is not None and 0 in value.shape:
+            what = f"input '{value.name}' has a dimension of size 0, so that no data fits it"
+            raise BadModel(what, where, "export the model with the size that it is for")
 
 
 def _inspect(path: Path) -> tuple[onnx.ModelProto, tensors.Sources]:

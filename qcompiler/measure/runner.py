@@ -27,7 +27,12 @@ from qcompiler.measure.in_place import open_in_place, shape_of
 Array = npt.NDArray[Any]
 _FED_BYTES = 1 << 18  # a matrix from this size on is fed, not stored in the session
 _FED_BY = frozenset({"MatMul", "Gemm", "Gather", "Transpose"})
-_UNKNOWN = ("is not a registered function/op", "No Op registered")  # how ORT says that it lacks an operation
+_ADVICE = {  # what ORT says of a model that it cannot run -> what to do
+    "is not a registered function/op": "a model can be compiled if ONNX Runtime has all of its operations",
+    "No Op registered": "a model can be compiled if ONNX Runtime has all of its operations",
+    "Could not find an implementation": "ONNX Runtime lacks this operation in the model's type: convert it to float32",
+}
+_REPAIR = "see that ONNX Runtime runs the original, and export it again if not"
 
 
 class Runner:
@@ -71,7 +76,8 @@ class Runner:
         self.inputs: tuple[str, ...] = tuple(self._echo)
         if self._computed:
             part = _extract(model, fed, self._computed, replaceable)
-            self._open(part, fed, set(replaceable), threads, dtypes or {})
+            where = str(model.meta.get("file") or graph.name or "model")
+            self._open(part, fed, set(replaceable), threads, dtypes or {}, where)
 
     @property
     def replaceable(self) -> frozenset[str]:
@@ -116,6 +122,7 @@ class Runner:
         replaceable: set[str],
         threads: int | None,
         dtypes: Mapping[str, np.dtype[Any]],
+        where: str,
     ) -> None:
         graph = part.graph
         for value in graph.inputs:
@@ -127,9 +134,7 @@ class Runner:
             self._feed(graph, {name for name, value in graph.initializers.items() if _is_fed(value)} - set(fed))
             self._session, self._keep = open_in_place(part, _options(threads))
         except Exception as error:  # as above
-            where = part.graph.name or "model"
-            unknown = any(word in str(error) for word in _UNKNOWN)
-            fix = "a model can be compiled if ONNX Runtime has all of its operations" if unknown else ""
+            fix = next((fix for words, fix in _ADVICE.items() if words in str(error)), _REPAIR)
             raise BadModel(f"ONNX Runtime cannot run it ({_reason(error)})", where, fix) from error
         self.inputs = tuple(dict.fromkeys([*fed, *self._echo]))
         self._unused = set(fed) - {_name(v) for v in graph.inputs}

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from qcompiler.capture.onnx import check_file, load_onnx
 from qcompiler.capture.wire import MAX_NODES
 from qcompiler.errors import BadModel
+from qcompiler.measure.runner import Runner
 
 _spec = importlib.util.spec_from_file_location("capture_models", Path(__file__).with_name("models.py"))
 assert _spec is not None
@@ -261,3 +262,40 @@ def test_damaged_files_are_refused_or_harmless(tmp_path: Path, data: st.DataObje
 def test_good_files_pass(tmp_path: Path) -> None:
     check_file(m.saved(m.linear(), tmp_path))
     check_file(m.saved(m.linear(), tmp_path, external=True))
+
+
+def test_a_dimension_of_size_zero_is_refused(tmp_path: Path) -> None:
+    proto = m.model([oh.make_node("Relu", ["x"], ["y"])], [], x=("n", 0))
+    with pytest.raises(BadModel, match=r"m\.onnx: input 'x' has a dimension of size 0"):
+        load_onnx(m.saved(proto, tmp_path))
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+def test_an_operator_of_no_onnx_version_is_named(opset: int, tmp_path: Path) -> None:
+    proto = m.model([oh.make_node("Nope", ["x"], ["y"], "odd")], [], opset)
+    with pytest.raises(BadModel, match=r"m\.onnx: node 'odd' has the operator 'Nope', which no version of ONNX has; "):
+        load_onnx(m.saved(proto, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("node", "fix"),
+    [
+        (oh.make_node("Foo", ["x"], ["y"], domain="mine"), "if ONNX Runtime has all of its operations"),
+        (oh.make_node("MatMul", ["x", "w"], ["y"]), "see that ONNX Runtime runs the original"),
+    ],
+)
+def test_what_onnx_runtime_refuses_names_the_file_and_what_to_do(
+    node: onnx.NodeProto, fix: str, tmp_path: Path
+) -> None:
+    proto = m.model([node], [m.tensor("w", 7, 3)])
+    proto.opset_import.append(oh.make_opsetid("mine", 1))
+    with pytest.raises(BadModel, match=f"m.onnx: ONNX Runtime cannot run it .*{fix}"):
+        Runner(load_onnx(m.saved(proto, tmp_path)).ir)
+
+
+def test_a_type_without_kernels_in_onnx_runtime_is_told_to_be_converted(tmp_path: Path) -> None:
+    proto = m.model([oh.make_node("MatMul", ["x", "x"], ["y"])], [], x=(2, 2))
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    with pytest.raises(BadModel, match=r"m\.onnx: ONNX Runtime cannot run it .*convert it to float32"):
+        Runner(load_onnx(m.saved(proto, tmp_path)).ir)

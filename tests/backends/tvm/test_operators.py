@@ -54,8 +54,11 @@ def test_operator_without_implementation(explain: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("explain", [False, True])
-@pytest.mark.parametrize("kind", ["float16", "float64"])
-def test_weights_of_a_type_that_no_kernel_takes(kind: str, explain: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "fix"),
+    [("float16", "use --target onnx"), ("float64", "use --target onnx"), ("bfloat16", "convert it to float32")],
+)
+def test_weights_of_a_type_that_no_kernel_takes(kind: str, fix: str, explain: bool, tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", helper.make_node("Relu", ["h"], ["y"]))
     proto = onnx.load(path)
     for tensor in proto.graph.initializer:
@@ -64,7 +67,7 @@ def test_weights_of_a_type_that_no_kernel_takes(kind: str, explain: bool, tmp_pa
         value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     onnx.save(proto, path)
     message = refused(path, Watching(), explain=explain)
-    assert message == f"m: target cpu runs float32 models only; found {kind} in weight 'w'; use --target onnx"
+    assert message == f"m: target cpu runs float32 models only; found {kind} in weight 'w'; {fix}"
 
 
 def test_attention_that_cannot_be_written_out(tmp_path: Path) -> None:

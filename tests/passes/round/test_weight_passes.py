@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qcompiler.budget import lowered_bytes, stored_bytes
+from qcompiler.calibration import Calibration
 from qcompiler.errors import PassRefused
 from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import find_sites
@@ -126,6 +127,17 @@ def test_bias_correction_makes_no_biases_unless_told_to(create: bool) -> None:
     report = BiasCorrection(create=create).run(model, Silent())
     assert bare.isdisjoint(model.bias_shift) == (not create)
     assert {refusal.where for refusal in report.refused} == (set() if create else bare)
+
+
+@pytest.mark.filterwarnings("error")
+def test_bias_correction_of_enormous_data_is_silent() -> None:
+    model = planned(cnn(), "int4-sym-channel-fp32")
+    assert model.calibration is not None
+    feeds = [{name: 1e25 * array for name, array in feed.items()} for feed in model.calibration.batches(8)]
+    model.calibration = Calibration.from_iterable(feeds, model.ir)
+    Nearest().run(model, Silent())
+    report = BiasCorrection(create=True).run(model, Silent())
+    assert report.changed == len(model.weights)
 
 
 @pytest.mark.parametrize("activation", ["float", "static"])
