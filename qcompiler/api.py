@@ -6,9 +6,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from qcompiler.capture.torch import capture
 from qcompiler.errors import BadOption
 from qcompiler.graph.uncounted import Uncounted, uncounted_weights
 from qcompiler.measure.cache import Cache
+from qcompiler.measure.loss import Kind
 from qcompiler.model import Model
 from qcompiler.pipeline import PassReport, Pipeline
 from qcompiler.plan import Plan
@@ -64,6 +65,7 @@ class CompileResult:
         peak_rss_bytes: peak memory; after `explain` what is expected.
         plan: the decisions.
         reports: one a pass.
+        output_kinds: output of floats -> what it is; kl and top1_agreement are of the one with class scores.
         held_back: samples that were judged by and not measured on; 0: too few, judged by the calibration samples.
     """
 
@@ -85,6 +87,7 @@ class CompileResult:
     reports: Sequence[PassReport] = ()
     held_back: int = 0
     uncounted: Sequence[Uncounted] = ()
+    output_kinds: Mapping[str, Kind] = field(default_factory=dict[str, Kind])
 
     def summary(self) -> dict[str, Any]:
         """The object that `qcompile --json` prints."""
@@ -250,7 +253,7 @@ def _explained(lowering: Lowering, options: Options, samples: Samples, backend: 
 def _result(lowering: Lowering, out: Path, manifest: dict[str, Any]) -> CompileResult:
     names = (
         "target", "bits_per_weight", "stored_bytes", "fp32_bytes", "predicted_loss", "lower_bound", "gap",
-        "realised_loss", "fidelity", "seconds", "peak_rss_bytes",
+        "realised_loss", "fidelity", "output_kinds", "seconds", "peak_rss_bytes",
     )  # fmt: skip
     values = {name: manifest[name] for name in names}
     plan, budget = lowering.rounded.plan, tuple(manifest["budget"])

@@ -119,6 +119,7 @@ def test_eval_compares_with_the_original(work: Path, capsys: pytest.CaptureFixtu
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["samples"] == 24
     assert 10 < found["fidelity"]["sqnr_db"] < 60
+    assert found["class_output"] == ("y" if found["fidelity"]["kl"] is not None else None)
 
 
 def test_eval_says_when_the_original_is_gone_or_changed(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

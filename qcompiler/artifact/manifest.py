@@ -1,10 +1,11 @@
 """manifest.json: what an artifact is, how it was made, and the hashes of its files.
 
 Keys (schema 1): kind, schema, qcompiler, name, target, budget, keep, seed, activations, pipeline (TOML), original
-{path, sha256, bytes}, calibration {source, fingerprint, samples, held_back, synthetic}, inputs and outputs
-[{name, dtype, shape}], plan, bits_per_weight, uncounted [{where, reason, bytes}], stored_bytes, fp32_bytes, sizes,
-predicted_loss, realised_loss, lower_bound, gap, fidelity, tolerance {relative, reason, noise, rule}, verification [see
-`agreement.Agreement`], facts, passes, seconds, peak_rss_bytes, files {name: {bytes, sha256}}.
+{path, sha256, bytes}, calibration {source, fingerprint, samples, held_back, synthetic}, inputs and outputs [{name,
+dtype, shape}], plan, bits_per_weight, uncounted [{where, reason, bytes}], stored_bytes, fp32_bytes, sizes,
+predicted_loss, realised_loss, lower_bound, gap, fidelity, output_kinds {name: kind}, tolerance {relative, reason,
+noise, rule}, verification [see `agreement.Agreement`], facts, passes, seconds, peak_rss_bytes, files {name: {bytes,
+sha256}}.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _FORMS: dict[str, Any] = {
     "inputs": [_ARRAY],
     "outputs": [_ARRAY],
     "files": {str: {"bytes": int, "sha256": str}},
+    "output_kinds": (None, {str: str}),
     "original": (None, {"path": str, "sha256": str}),
     "calibration": {"kind": str, "fingerprint": str, "path": (None, str), "tokenizer": (None, str)},
 }

@@ -152,6 +152,7 @@ def _result(lowering: Lowering, compiled: Compiled, judgement: Judgement) -> dic
         "lower_bound": solution.get("lower_bound"),
         "gap": solution.get("gap"),
         "fidelity": judgement.fidelity,
+        "output_kinds": judgement.kinds,
         "tolerance": {**asdict(compiled.tolerance), "rule": RULE},
         "verification": judgement.verification,
         "facts": dict(compiled.facts),

@@ -15,6 +15,8 @@ from qcompiler.artifact.agreement import Agreement
 from qcompiler.artifact.spread import Reference
 from qcompiler.build.samples import FEW, Samples, batch_for
 from qcompiler.build.score import Score, rows
+from qcompiler.evaluate.classes import kinds_of_outputs
+from qcompiler.measure.loss import Kind
 from qcompiler.measure.memory import give_back
 from qcompiler.measure.runner import Runner
 from qcompiler.measure.shorten import shortened
@@ -40,6 +42,7 @@ class Judgement:
         held_back: samples that fidelity was taken on; 0 if these are the calibration samples.
         batch: samples a run, such that the outputs of a run stay small.
         length: positions of a text that were run, for the same reason; None: all.
+        kinds: what each output is: KL and top-1 are of the one with class scores.
     """
 
     verification: list[dict[str, Any]]
@@ -48,6 +51,7 @@ class Judgement:
     held_back: int
     batch: int
     length: int | None
+    kinds: dict[str, Kind]
 
 
 def judge(
@@ -63,7 +67,8 @@ def judge(
     outputs = _outputs(FreshProcess(target, folder), [feed for part in kinds.values() for feed in part])
     reference = Reference(ir.load(folder / REFERENCE), tolerance.noise)
     verification: list[dict[str, Any]] = []
-    score, judged_by = Score(), HELD_BACK if samples.held_back else CALIBRATION
+    kinds_of = kinds_of_outputs(kinds[CALIBRATION][0], truths[CALIBRATION][0])
+    score, judged_by = Score(kinds_of), HELD_BACK if samples.held_back else CALIBRATION
     for kind, part in kinds.items():
         agreement = Agreement(kind, reference, tolerance, FEW)
         for feed, wanted in zip(part, truths[kind], strict=True):
@@ -73,7 +78,7 @@ def judge(
                 score.add(feed, wanted, found)
         verification.append(agreement.conclude())
     held_back = score.samples if samples.held_back else 0
-    return Judgement(verification, score.fidelity, score.loss, held_back, batch, length)
+    return Judgement(verification, score.fidelity, score.loss, held_back, batch, length, kinds_of)
 
 
 def _inputs_and_outputs(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qcompiler.commands.output import brief, print_facts, print_json, print_table, size
+from qcompiler.commands.output import brief, of_outputs, print_facts, print_json, print_table, size
 
 if TYPE_CHECKING:
     from qcompiler.api import CompileResult
@@ -135,7 +135,9 @@ def _files(artifact: Path) -> str:
 
 def _print_summary(result: CompileResult) -> None:
     print_table(["weights", "layers"], _by_format(result))
-    fidelity = result.fidelity
+    from qcompiler.evaluate.classes import class_output
+
+    fidelity, kinds = result.fidelity, result.output_kinds
     assert result.artifact is not None
     data = "held-back data" if result.held_back else "the calibration data"
     ratio = result.fp32_bytes / max(result.stored_bytes, 1)
@@ -144,10 +146,11 @@ def _print_summary(result: CompileResult) -> None:
         ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}, {ratio:.1f} times smaller"),
         ("files to ship", _files(result.artifact)),
         ("loss", f"{brief(result.realised_loss)} on {data}, predicted {brief(result.predicted_loss)}"),
-        ("SQNR", f"{brief(fidelity['sqnr_db'], '.1f')} dB"),
+        ("SQNR", f"{brief(fidelity['sqnr_db'], '.1f')} dB{of_outputs(kinds)}"),
     ]
     if fidelity["top1_agreement"] is not None:
-        facts.append(("same top-1 answer", f"{fidelity['top1_agreement']:.1%}, KL {brief(fidelity['kl'])}"))
+        answer = f"{fidelity['top1_agreement']:.1%}, KL {brief(fidelity['kl'])}"
+        facts.append(("same top-1 answer", f"{answer}{of_outputs(kinds, class_output(kinds))}"))
     if result.gap is not None:
         facts.append(("gap to the bound", f"{result.gap:.2%}"))
     facts += [

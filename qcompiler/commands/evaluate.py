@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qcompiler.commands.output import brief, print_facts, print_json
+from qcompiler.commands.output import brief, of_outputs, print_facts, print_json
 
 
 def command(
@@ -24,6 +24,7 @@ def command(
     from qcompiler.artifact.original import original_of
     from qcompiler.build.score import Score
     from qcompiler.commands.data import batches, read_samples
+    from qcompiler.evaluate.classes import class_output
     from qcompiler.measure.runner import Runner
     from qcompiler.progress import Terminal
 
@@ -31,18 +32,20 @@ def command(
     samples = read_samples(data, loaded)
     runner = Runner(original_of(loaded, reference).ir)
     feeds = batches(samples, loaded, batch)
-    score = Score()
+    score = Score(loaded.manifest.get("output_kinds"))
     for feed in Terminal().track(feeds, "evaluating"):
         score.add(feed, runner(feed), loaded.run(feed))
-    found = score.fidelity
+    found, judged = score.fidelity, class_output(score.kinds)
     if json:
-        print_json({"artifact": str(artifact), "samples": score.samples, "loss": score.loss, "fidelity": found})
+        facts = {"samples": score.samples, "loss": score.loss, "fidelity": found, "class_output": judged}
+        print_json({"artifact": str(artifact), **facts})
         return
     facts = [
         ("samples", str(score.samples)),
         ("loss", brief(score.loss)),
-        ("SQNR", f"{brief(found['sqnr_db'], '.2f')} dB"),
+        ("SQNR", f"{brief(found['sqnr_db'], '.2f')} dB{of_outputs(score.kinds)}"),
     ]
     if found["top1_agreement"] is not None:
-        facts += [("KL", brief(found["kl"])), ("same top-1 answer", f"{found['top1_agreement']:.2%}")]
+        agreed = f"{found['top1_agreement']:.2%}"
+        facts += [("KL", brief(found["kl"])), ("same top-1 answer", f"{agreed}{of_outputs(score.kinds, judged)}")]
     print_facts(facts)

@@ -52,6 +52,13 @@ def size(count: float) -> str:
     return text(count)
 
 
+def of_outputs(kinds: Mapping[str, str], name: str | None = None) -> str:
+    """Which output a figure is of, where a model has several: the named one, or the mean of all."""
+    if len(kinds) < 2:
+        return ""
+    return f", mean of {len(kinds)} outputs" if name is None else f" (output '{name}')"
+
+
 def brief(value: float | None, form: str = ".3g") -> str:
     """A number, or a dash where there is none."""
     return "-" if value is None else format(value, form)

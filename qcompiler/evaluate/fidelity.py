@@ -26,10 +26,14 @@ def fidelity(
 
 
 class FidelityMeter:
-    """SQNR, KL divergence and top-1 agreement, batch by batch.
+    """SQNR of all outputs, KL divergence and top-1 agreement of the one with class scores, batch by batch.
 
     Args:
-        kinds: what an output is, where `measure.loss.output_kind` should not decide (by the first batch).
+        kinds: what an output is, where `measure.loss.output_kind` should not decide (by the first batch); see
+            `evaluate.classes`.
+
+    Attributes:
+        class_output: the first output with class scores, which alone counts for KL and top-1; None: no output.
     """
 
     def __init__(self, kinds: Mapping[str, Kind] | None = None) -> None:
@@ -38,6 +42,7 @@ class FidelityMeter:
         self._signal: dict[str, float] = {}
         self._noise: dict[str, float] = {}
         self._divergence, self._agreed, self._rows = 0.0, 0, 0
+        self.class_output: str | None = None
 
     def add(self, reference: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Count one batch in.
@@ -56,7 +61,8 @@ class FidelityMeter:
             wide = ref.astype(np.float64)
             self._signal[name] = self._signal.get(name, 0.0) + float((wide**2).sum())
             self._noise[name] = self._noise.get(name, 0.0) + float(((out - wide) ** 2).sum())
-            if self._kinds[name] != "values":
+            if self._kinds[name] != "values" and self.class_output in (None, name):
+                self.class_output = name
                 self._add_classes(ref, out, self._kinds[name])
 
     def result(self) -> dict[str, float | None]:
@@ -64,7 +70,7 @@ class FidelityMeter:
 
         Returns:
             sqnr_db: 10 log10(signal / noise), the mean over the outputs that differ where there are several.
-            kl: mean of KL(reference || output) over the rows, in nats; None where no output is class scores.
+            kl: mean of KL(reference || output) over the rows, in nats; None where no output has class scores.
             top1_agreement: share of rows with the same best class; None likewise.
         """
         heard = [name for name, signal in self._signal.items() if signal > 0]

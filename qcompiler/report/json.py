@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcompiler.budget import Row, breakdown
+from qcompiler.evaluate.classes import class_output
 from qcompiler.formats import QuantSpec
 from qcompiler.formats.base import SCALE_DTYPES
 from qcompiler.formats.packing import packed_bits
@@ -57,9 +58,18 @@ def _figures(manifest: Mapping[str, Any]) -> dict[str, Any]:
     names = ("bits_per_weight", "stored_bytes", "fp32_bytes", "realised_loss", "predicted_loss", "lower_bound", "gap")
     chosen = {name: manifest[name] for name in (*names, "seconds", "peak_rss_bytes")}
     held = manifest["calibration"]["held_back"]
+    kinds = manifest["output_kinds"]
+    judged = class_output(kinds) if len(kinds) > 1 else None
     uncounted = sum(weight["bytes"] for weight in manifest["uncounted"])
     verified = bool(manifest["verification"])
-    return {**chosen, **manifest["fidelity"], "verified": verified, "held_back": held, "uncounted_bytes": uncounted}
+    return {
+        **chosen,
+        **manifest["fidelity"],
+        "verified": verified,
+        "held_back": held,
+        "uncounted_bytes": uncounted,
+        "class_output": judged,
+    }
 
 
 def _layer(

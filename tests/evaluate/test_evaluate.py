@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qcompiler.errors import BadData
+from qcompiler.evaluate.classes import class_output, kinds_of_outputs
 from qcompiler.evaluate.fidelity import FidelityMeter, fidelity
 from qcompiler.evaluate.perplexity import perplexity
 
@@ -92,3 +93,32 @@ def test_an_output_that_is_copied_does_not_flatter_the_others() -> None:
     same = fidelity(reference, reference)["sqnr_db"]
     assert same is not None
     assert same > 200
+
+
+PEAKED = np.eye(12, dtype=np.float32)[RNG.integers(0, 12, 8)] * 9
+FLAT = RNG.standard_normal((8, 12)).astype(np.float32) / 10
+
+
+@pytest.mark.parametrize("samples", [1, 3, 8])
+def test_a_state_is_no_class_scores_whatever_its_numbers(samples: int) -> None:
+    feeds = {"x": FLAT[:samples, :5], "state": FLAT[:samples]}
+    kinds = kinds_of_outputs(feeds, {"next": PEAKED[:samples], "speech": FLAT[:samples, :1]})
+    assert kinds == {"next": "values", "speech": "values"}
+    assert class_output(kinds) is None
+
+
+def test_the_first_output_with_class_scores_is_judged_and_no_other() -> None:
+    outputs = {"n": np.arange(8), "flat": FLAT, "scores": PEAKED, "more": PEAKED[:, ::-1].copy()}
+    kinds = kinds_of_outputs({"x": FLAT[:, :5]}, outputs)
+    assert kinds == {"flat": "values", "scores": "logits", "more": "values"}
+    assert class_output(kinds) == "scores"
+    meter = FidelityMeter({"flat": "values", "scores": "logits", "more": "logits"})
+    wrong = {**outputs, "more": -outputs["more"]}
+    meter.add(outputs, wrong)
+    assert meter.class_output == "scores"
+    assert meter.result()["kl"] == 0
+    assert meter.result()["top1_agreement"] == 1
+
+
+def test_a_classifier_with_as_many_classes_as_features_is_one() -> None:
+    assert kinds_of_outputs({"x": FLAT}, {"y": PEAKED}) == {"y": "logits"}

@@ -27,7 +27,8 @@ def data(name: str = "net") -> dict[str, Any]:
     ]  # fmt: skip
     figures = {
         "bits_per_weight": 4.321, "uncounted_bytes": 0, "stored_bytes": 1000, "fp32_bytes": 8000, "sqnr_db": 12.34,
-        "kl": 0.1, "top1_agreement": 0.9, "verified": True, "held_back": 3, "realised_loss": 0.2, "predicted_loss": 0.3,
+        "kl": 0.1, "class_output": "scores",
+        "top1_agreement": 0.9, "verified": True, "held_back": 3, "realised_loss": 0.2, "predicted_loss": 0.3,
         "lower_bound": 0.29, "gap": 0.01, "seconds": 5.0, "peak_rss_bytes": 10**9,
     }  # fmt: skip
     return {
