@@ -15,6 +15,7 @@ from qcompiler.artifact import Artifact
 from qcompiler.artifact.original import original_of
 from qcompiler.build.layers import alone, stored_weight, weight_name
 from qcompiler.build.samples import Source, gather
+from qcompiler.build.score import rows
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadModel
 from qcompiler.evaluate.fidelity import output_loss
@@ -132,7 +133,7 @@ def diagnose(artifact: Artifact, model: Model, feeds: Sequence[Feeds], progress:
     Args:
         artifact: its own loss is measured too.
         model: rounded, its graph still float (what `rebuild` gives).
-        feeds: batches of inputs; losses are averaged over them.
+        feeds: batches of inputs; losses are averaged over their samples.
         progress: shows how far.
     """
     single = alone(model, feeds, float("inf"), progress)
@@ -142,19 +143,16 @@ def diagnose(artifact: Artifact, model: Model, feeds: Sequence[Feeds], progress:
     chain = Segments(model.ir)
     sites = [site for site in chain.sites if site.name in single]
     for feed in feeds:
+        share = rows([feed]) / rows([*feeds])
         truth = chain.run(chain.start(feed))
-        _accumulate(chain, model, feed, truth, adding, progress)
+        _accumulate(chain, model, feed, truth, share, adding, progress)
         all_rounded = {weight_name(s): stored_weight(s, model.weights[s.name].decode()) for s in sites}
         full = float(output_loss(truth, chain.run(chain.start(feed), 0, all_rounded)))
-        _one_more(chain, model, feed, truth, full, all_rounded, gains, progress)
-        weights += full
-        whole += float(output_loss(truth, artifact.run(feed)))
-    count = len(feeds)
-    rows = [
-        _row(s, model, single[s.name], adding[s.name] / count, gains[s.name] / count if s.name in gains else None)
-        for s in sites
-    ]
-    return Diagnosis(rows, weights / count, whole / count)
+        _one_more(chain, model, feed, truth, full, share, all_rounded, gains, progress)
+        weights += share * full
+        whole += share * float(output_loss(truth, artifact.run(feed)))
+    layers = [_row(s, model, single[s.name], adding[s.name], gains.get(s.name)) for s in sites]
+    return Diagnosis(layers, weights, whole)
 
 
 def _row(site: Site, model: Model, alone_: float, accumulated: float, gain: float | None) -> LayerError:
@@ -173,9 +171,10 @@ def _finer(matrix: npt.NDArray[np.float32], codes: QTensor) -> npt.NDArray[np.fl
 
 
 def _accumulate(
-    chain: Segments, model: Model, feed: Feeds, truth: Outputs, total: dict[str, float], progress: Progress
-) -> None:
-    """Quantize one layer after the other, in graph order, and add the loss after each to `total`."""
+    chain: Segments, model: Model, feed: Feeds, truth: Outputs, share: float, total: dict[str, float],
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Quantize one layer after the other, in graph order, and add `share` of the loss after each to `total`."""
     boundary, done = chain.start(feed), dict[str, npt.NDArray[Any]]()
     for segment in progress.track(list(chain), "accumulated error"):
         own = {weight_name(s): stored_weight(s, s.matrix()) for s in segment.sites if s.name in total}
@@ -183,15 +182,15 @@ def _accumulate(
             if site.name in total:
                 done[weight_name(site)] = stored_weight(site, model.weights[site.name].decode())
                 outputs = chain.run(segment.run(boundary, {**own, **done}), segment.index + 1, done)
-                total[site.name] += float(output_loss(truth, outputs))
+                total[site.name] += share * float(output_loss(truth, outputs))
         boundary = segment.run(boundary, {**own, **done})
 
 
 def _one_more(
-    chain: Segments, model: Model, feed: Feeds, truth: Outputs, full: float, rounded: Weights,
+    chain: Segments, model: Model, feed: Feeds, truth: Outputs, full: float, share: float, rounded: Weights,
     gains: dict[str, float], progress: Progress,
 ) -> None:  # fmt: skip
-    """Add to `gains` how much the loss falls for one more bit, everything else staying quantized."""
+    """Add to `gains` `share` of how much the loss falls for one more bit, everything else staying quantized."""
     boundary = chain.start(feed)
     for segment in progress.track(list(chain), "one more bit"):
         for site in segment.sites:
@@ -200,5 +199,6 @@ def _one_more(
                 continue
             change = {**rounded, weight_name(site): stored_weight(site, _finer(site.matrix(), codes))}
             outputs = chain.run(segment.run(boundary, change), segment.index + 1, change)
-            gains[site.name] = gains.get(site.name, 0.0) + full - float(output_loss(truth, outputs))
+            fall = full - float(output_loss(truth, outputs))
+            gains[site.name] = gains.get(site.name, 0.0) + share * fall
         boundary = segment.run(boundary, rounded)

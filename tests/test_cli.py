@@ -168,6 +168,25 @@ def test_diagnose_shows_every_layer(work: Path, capsys: pytest.CaptureFixture[st
     assert all(0 < abs(layer["one_more_bit"]) < found["weights"] for layer in layers)
 
 
+def test_diagnose_and_eval_agree_and_say_of_how_many_samples(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(compile_line()) == 0
+    np.savez("odd.npz", x=np.random.default_rng(5).normal(size=(19, 16)).astype("f"))
+    capsys.readouterr()
+    assert run_command(["eval", "two.qc", "--data", "odd.npz", "--json"]) == 0
+    loss = json.loads(capsys.readouterr().out.splitlines()[-1])["loss"]
+    assert run_command(["diagnose", "two.qc", "--data", "odd.npz", "--samples", "100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["samples"] == 19
+    assert found["whole"] == pytest.approx(loss, rel=1e-5)
+    assert found["layers"][-1]["accumulated"] == pytest.approx(found["weights"], rel=1e-4)
+    gains = [layer["one_more_bit"] for layer in found["layers"]]
+    assert run_command(["diagnose", "two.qc", "--data", "odd.npz", "--samples", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{gain:+.2g}" in shown for gain in gains)
+    assert run_command(["diagnose", "two.qc", "--data", "odd.npz"]) == 0
+    assert "8 of 19, spread over them" in capsys.readouterr().out
+
+
 def test_diagnose_repeats_transforms_but_no_rounding(
     work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

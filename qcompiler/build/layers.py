@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.build.score import rows
 from qcompiler.evaluate.fidelity import output_loss
 from qcompiler.graph.sites import Site
 from qcompiler.measure.segments import Segments
@@ -35,7 +36,7 @@ def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progre
 
     Args:
         model: rounded, its graph still float.
-        feeds: batches; losses are averaged over them.
+        feeds: batches; losses are averaged over their samples.
         seconds: stop measuring after this time; where it is too short for all sites, some evenly spread over
             the graph are measured, the others left out.
         progress: shows how far.
@@ -62,8 +63,9 @@ def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progre
                     change = {weight_name(site): stored_weight(site, model.weights[site.name].decode())}
                     after = segment.run(boundary, change)
                     outputs = chain.run(after, segment.index + 1, change)
-                    total[site.name] = total.get(site.name, 0.0) + float(output_loss(reference, outputs))
-                    seen[site.name] = seen.get(site.name, 0) + 1
+                    loss = rows([feed]) * float(output_loss(reference, outputs))
+                    total[site.name] = total.get(site.name, 0.0) + loss
+                    seen[site.name] = seen.get(site.name, 0) + rows([feed])
             if time.monotonic() >= deadline:
                 break
             boundary = segment.run(boundary)

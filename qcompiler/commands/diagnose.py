@@ -16,7 +16,9 @@ def command(
     reference: Annotated[
         Path | None, typer.Option(metavar="MODEL", help="The original, where the remembered file is gone.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples to measure with.")] = 8,
+    samples: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Samples to measure with, spread over the data.")
+    ] = 8,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Show each layer's error alone, the error as it adds up, and what one more bit would give."""
@@ -27,12 +29,15 @@ def command(
     from qcompiler.progress import Terminal
 
     loaded, progress = load_artifact(artifact), Terminal()
-    feeds = batches(read_samples(data, loaded), loaded, None, samples)
+    given = read_samples(data, loaded)
+    taken = given.spread(samples)
+    feeds = batches(taken, loaded, None)
     with open_cache(resume=True) as cache:
         found = diagnose(loaded, rebuild(loaded, reference, cache, progress), feeds, progress)
     if json:
         layers = [layer.to_json() for layer in found.layers]
-        print_json({"artifact": str(artifact), "weights": found.weights, "whole": found.artifact, "layers": layers})
+        whole = {"weights": found.weights, "whole": found.artifact, "samples": taken.count}
+        print_json({"artifact": str(artifact), **whole, "layers": layers})
         return
     rows = [
         [
@@ -40,10 +45,12 @@ def command(
             layer.format,
             brief(layer.alone),
             brief(layer.accumulated),
-            "-" if layer.one_more_bit is None else f"{-layer.one_more_bit:+.2g}",
+            "-" if layer.one_more_bit is None else f"{layer.one_more_bit:+.2g}",
             "-" if layer.bytes_for_it is None else size(layer.bytes_for_it),
         ]
         for layer in found.layers
     ]
-    print_table(["layer", "weights", "loss alone", "accumulated", "one more bit", "costs"], rows, left=2)
-    print_facts([("loss, all weights", brief(found.weights)), ("loss, the artifact itself", brief(found.artifact))])
+    print_table(["layer", "weights", "loss alone", "accumulated", "one more bit saves", "costs"], rows, left=2)
+    more = "" if taken.count == given.count else f" of {given.count}, spread over them (--samples N for more)"
+    facts = [("loss, all weights", brief(found.weights)), ("loss, the artifact itself", brief(found.artifact))]
+    print_facts([("samples", f"{taken.count}{more}"), *facts])
