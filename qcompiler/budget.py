@@ -51,7 +51,9 @@ _UNITS: dict[str, tuple[Kind, int | Fraction]] = {
     **dict.fromkeys(("Tbops", "TBOPs", "TBOPS"), ("bops", 10**12)),
 }
 GRID_BYTES = 5  # of a static activation: a float32 scale and a uint8 zero point
-_NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?|[+-]?nan|[+-]?inf)\s*([A-Za-z@]*.*?)\s*")
+_NUMBER = re.compile(
+    r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?|[+-]?nan|[+-]?inf)\s*([A-Za-z@]*.*?)\s*", re.ASCII
+)
 _BATCH = re.compile(r"[1-9][0-9]{0,5}")
 _HOW = "write bits per weight (3.5bits), a size (120MB, 120MiB), a latency (8ms) or bit operations (1.2Gbops)"
 

@@ -67,6 +67,7 @@ def test_budgets_are_read_exactly(text: str, kind: str, amount: Fraction) -> Non
         ("4", "no known unit"),
         ("3,5bits", "no known unit"),
         ("", "not an amount"),
+        ("\u0663bits", "not an amount"),  # an Arabic three
         ("bits", "not an amount"),
         ("nanbits", "not a positive amount"),
         ("infMB", "not a positive amount"),

@@ -356,6 +356,23 @@ def test_preprocess_text_that_is_no_number_is_named(text: str, reason: str) -> N
         Preprocess.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "culprit"),
+    [
+        ("x.npz", {"preprocess": "resize=8"}, "--preprocess, with .*x.npz: it is for folders of images"),
+        ("x.npz", {"tokenizer": Path("none.json")}, "--tokenizer, with .*x.npz: it is for text files"),
+        ("images", {"tokenizer": Path("none.json")}, "--tokenizer, with .*images: it is for text files"),
+    ],
+)
+def test_an_option_that_the_data_has_no_use_for_is_refused(
+    name: str, options: dict[str, Any], culprit: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "x.npz", x=floats(3, 3, 8, 8))
+    images(tmp_path)
+    with pytest.raises(BadOption, match=culprit):
+        Calibration.from_path(tmp_path / name, IMAGES, **options)
+
+
 def test_images_need_an_image_model(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="one input of four dimensions"):
         Calibration.from_path(images(tmp_path), relus(x=["n", 8]))

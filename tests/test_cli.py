@@ -244,6 +244,7 @@ BAD_LINES = {
     "unknown recipe": (["two.onnx", "--pipeline", "nothing"], "nothing"),
     "budget that nothing takes": (compile_line("--budget", "4bits"), "--budget"),
     "unknown activations": (compile_line("--activations", "int1"), "int1"),
+    "preprocess without data": (["two.onnx", "--target", "onnx", "--preprocess", "resize=8"], "--preprocess"),
     "missing data": (compile_line("--calib", "gone.npz"), "gone.npz"),
     "wrong input name": (compile_line("--calib", "name.npz"), "name.npz"),
     "wrong input shape": (compile_line("--calib", "shape.npz"), "shape.npz"),

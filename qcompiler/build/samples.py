@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.calibration import Calibration
+from qcompiler.errors import BadOption
 from qcompiler.model import Model
 from qcompiler.progress import Progress
 from qcompiler.target import Feeds
@@ -84,6 +85,7 @@ def gather(source: Source, model: Model, seed: int, progress: Progress) -> Sampl
 
     Raises:
         BadData: the model cannot take them.
+        BadOption: an option says how to read data that is not read.
     """
     random = Calibration.synthetic_for(model.ir, FEW, seed + 1, text=False)
     whole = _read(source, model, seed)
@@ -116,6 +118,10 @@ def feed_bytes(feeds: Feeds) -> int:
 
 def _read(source: Source, model: Model, seed: int) -> Calibration:
     data = source.data
+    if not isinstance(data, str | Path):
+        for option in ("preprocess", "tokenizer"):
+            if getattr(source, option) is not None:
+                raise BadOption("it is for data in files", f"--{option}", "give --calib DATA, or drop it")
     if data is None:
         return Calibration.synthetic_for(model.ir, seed=seed)
     if isinstance(data, Calibration):

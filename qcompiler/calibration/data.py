@@ -18,7 +18,7 @@ from qcompiler.calibration.images import ImageRows
 from qcompiler.calibration.synthetic import synthetic_feeds
 from qcompiler.calibration.text import token_windows
 from qcompiler.calibration.validate import Block, Rows, feeds_check
-from qcompiler.errors import BadData
+from qcompiler.errors import BadData, BadOption
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
@@ -59,10 +59,15 @@ class Calibration:
 
         Raises:
             BadData: what is wrong with the data, where, and what the model wants.
+            BadOption: `preprocess` or `tokenizer` is given, and this data has no use for it.
         """
         path, where = Path(path), str(path)
         if not path.exists():
             raise BadData("no such file or folder", where, "check the path")
+        if preprocess is not None and not path.is_dir():
+            raise BadOption("it is for folders of images", f"--preprocess, with {where}", "drop it")
+        if tokenizer is not None and (path.is_dir() or path.suffix in (".npz", ".npy")):
+            raise BadOption("it is for text files", f"--tokenizer, with {where}", "drop it")
         if path.is_dir():
             if not is_images(path):
                 raise BadData("the folder holds no images", where, "give .png, .jpg, .bmp or .webp files, or .npz data")

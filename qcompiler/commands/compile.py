@@ -36,8 +36,8 @@ def command(
         str | None,
         typer.Option(metavar="DATA", help="Calibration data: .npz, .npy, a folder of images, a text file."),
     ] = None,
-    preprocess: Annotated[str | None, typer.Option(help="How images become inputs.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json that turns text into inputs.")] = None,
+    preprocess: Annotated[str | None, typer.Option(help="How a folder of images becomes inputs.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json that turns a text file into inputs.")] = None,
     pipeline: Annotated[str | None, typer.Option(metavar="FILE", help="A TOML file or the name of a recipe.")] = None,
     keep: Annotated[
         list[str] | None,
@@ -49,7 +49,10 @@ def command(
     activations: Annotated[str, typer.Option(help="auto, float, static or dynamic.")] = "auto",
     resume: Annotated[bool, typer.Option(help="Go on from earlier measurements in the cache.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    explain: Annotated[bool, typer.Option("--explain", help="Print plan and expected memory; write nothing.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Print plan and expected memory; write nothing but the cache of measurements."),
+    ] = False,
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Solve for 25 sizes: a table, and a plot in OUT or NAME.pareto.html.")
     ] = False,
