@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from qcompiler.build.suitable import check_suitable
 from qcompiler.capture.onnx import load_onnx
 from qcompiler.capture.torch import capture
 from qcompiler.errors import BadOption
+from qcompiler.folders import temporary_folder
 from qcompiler.graph.uncounted import Uncounted, uncounted_weights
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.loss import Kind
@@ -234,8 +234,8 @@ def open_cache(resume: bool) -> Generator[Cache]:
         folder = os.environ.get("QCOMPILER_CACHE") or Path.home() / ".cache" / "qcompiler"
         yield Cache(Path(folder))
         return
-    with tempfile.TemporaryDirectory(prefix="qcompiler-cache-") as folder:
-        yield Cache(Path(folder))
+    with temporary_folder("cache") as folder:
+        yield Cache(folder)
 
 
 def _explained(lowering: Lowering, options: Options, samples: Samples, backend: Backend, start: float) -> CompileResult:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from qcompiler.artifact.original import original_path
 from qcompiler.calibration import Calibration
 from qcompiler.capture.onnx import load_onnx
 from qcompiler.errors import QcompilerError
+from qcompiler.folders import temporary_folder
 from qcompiler.model import Model
 from qcompiler.progress import Progress
 from qcompiler.target import Backend, Feeds, Runnable
@@ -99,13 +99,13 @@ def bench(
     path = original_path(artifact, reference)
     threads = len(os.sched_getaffinity(0))
     inputs = feeds or next(Calibration.synthetic_for(load_onnx(path).ir, batch, text=False).batches(batch, batch))
-    with tempfile.TemporaryDirectory(prefix="qcompiler-bench-") as folder:
+    with temporary_folder("bench") as folder:
         contestants: dict[str, Callable[[Feeds], Any]] = {
             "artifact": artifact.runnable.run,
             "ort_fp32": _session(path, threads),
             "ort_qdq": _session(artifact.reference, threads),
         }
-        kernels = _kernels(artifact, Path(folder), progress)
+        kernels = _kernels(artifact, folder, progress)
         if kernels is not None:
             contestants["ort_kernels"] = kernels.run
         times = _interleave(contestants, inputs, seconds)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Within qcompiler: a part may import its own layer and the layers below it.
 LAYERS = [
     {"errors", "__init__"},
-    {"registry", "progress", "scratch"},
+    {"registry", "progress", "scratch", "folders"},
     {"formats"},
     {"plan"},
     {"model", "graph", "capture", "preprocess", "target", "budget", "overrun"},

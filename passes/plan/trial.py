@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from qcompiler.folders import temporary_folder
 from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.latency import Effort, interleaved
@@ -42,9 +42,9 @@ def trial_seconds(
     runs: dict[int, Callable[[], object]] = {}
     with ExitStack() as stack:
         for number, plan in progress.track(list(enumerate(plans)), "Building trial artifacts"):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompiler-trial-"))
-            backend.compile(lowered(model, plan), Path(folder), Silent())
-            runs[number] = _run(backend, Path(folder), feeds)
+            folder = stack.enter_context(temporary_folder("trial"))
+            backend.compile(lowered(model, plan), folder, Silent())
+            runs[number] = _run(backend, folder, feeds)
         seconds = interleaved(runs, effort)
     return [seconds[number] for number in range(len(plans))]
 

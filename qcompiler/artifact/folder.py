@@ -15,6 +15,7 @@ from typing import Any
 
 from qcompiler.artifact.manifest import KIND, MANIFEST
 from qcompiler.errors import OutputError
+from qcompiler.folders import locked
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CACHE = "__pycache__"
@@ -45,7 +46,7 @@ def new_folder(out: Path) -> Generator[Path]:
     _remove_abandoned(out)
     folder = _temporary(out)
     try:
-        with _locked(folder):
+        with locked(folder):
             yield folder
             _publish(folder, out)
     except OSError as error:
@@ -132,30 +133,9 @@ def _remove_abandoned(out: Path) -> None:
     """Remove what killed processes have left beside `out`: folders that nobody has locked."""
     for folder in out.absolute().parent.glob(f".{glob.escape(out.name)}.????????.part"):
         if folder.is_dir() and not folder.is_symlink():
-            with _locked(folder) as free:
+            with locked(folder) as free:
                 if free:
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Generator[bool]:
-    """Hold a folder's lock, which the system frees when this process dies; False where that cannot be had."""
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows has no such locks
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
 
 
 def _publish(folder: Path, out: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import psutil
 
 from qcompiler.errors import VerificationFailed
+from qcompiler.folders import temporary_folder
 from qcompiler.target import Feeds, Outputs
 
 PEAK = "peak"  # name of the file in which a fresh process says how much memory it took
@@ -92,8 +92,8 @@ class FreshProcess:
 
     def run(self, feeds: Sequence[Feeds]) -> Iterator[Outputs]:
         """The outputs for each of the feeds, in order; they wait on disk until they are asked for."""
-        with tempfile.TemporaryDirectory(prefix="qcompiler-verify-") as name:
-            inputs, outputs = Path(name, "in"), Path(name, "out")
+        with temporary_folder("verify") as folder:
+            inputs, outputs = folder / "in", folder / "out"
             inputs.mkdir()
             outputs.mkdir()
             for number, feed in enumerate(feeds):

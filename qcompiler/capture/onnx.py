@@ -7,8 +7,6 @@ load_onnx(path)     the same, then a `Model` whose weights are memory-mapped fro
 from __future__ import annotations
 
 import mmap
-import shutil
-import tempfile
 import weakref
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from qcompiler.capture import tensors, wire
 from qcompiler.capture.check import check_structure
 from qcompiler.capture.normalize import normalize, root_cause
 from qcompiler.errors import BadModel
+from qcompiler.folders import claim
 from qcompiler.model import Model
 
 __all__ = ["PrivateFolder", "check_file", "load_onnx", "normalize"]
@@ -34,8 +33,9 @@ class PrivateFolder(type(Path())):
     @staticmethod
     def make() -> PrivateFolder:
         """A new folder that only this user can read."""
-        folder = PrivateFolder(tempfile.mkdtemp(prefix="qcompiler-"))
-        weakref.finalize(folder, shutil.rmtree, str(folder), ignore_errors=True)
+        made, release = claim("model")
+        folder = PrivateFolder(made)
+        weakref.finalize(folder, release)
         return folder
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.capture.onnx import load_onnx
 from qcompiler.errors import BadModel, MissingExtra
+from qcompiler.folders import temporary_folder
 from qcompiler.model import Model
 
 if TYPE_CHECKING:
@@ -50,13 +49,13 @@ def capture(
     module.eval()
     title = name or type(module).__name__.lower()
     try:
-        with torch.no_grad(), tempfile.TemporaryDirectory(prefix="qcompiler-export-") as folder:
+        with torch.no_grad(), temporary_folder("export") as folder:
             program = torch.onnx.export(
                 module, args, kwargs=kwargs or None, dynamo=True, opset_version=OPSET,
                 dynamic_shapes=shapes, verbose=False,
             )  # fmt: skip
             assert program is not None
-            path = Path(folder) / f"{title}.onnx"
+            path = folder / f"{title}.onnx"
             program.save(str(path), external_data=True)
             return load_onnx(path)
     except torch.onnx.OnnxExporterError as error:
