@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.build.samples import batch_for
 from qcompiler.cli import run_command
+from qcompiler.commands.output import of_outputs
 
 PIPELINE = """
 [[pass]]
@@ -356,3 +357,9 @@ def test_help_and_version_start_quickly() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0].startswith("qcompiler ")
     assert done.stdout.splitlines()[-1] == "light"
+
+
+def test_a_figure_says_of_which_output_it_is() -> None:
+    assert of_outputs({"y": "logits"}) == of_outputs({"y": "logits"}, "y") == ""
+    assert of_outputs({"y": "logits", "z": "values"}) == ", mean of the outputs that differ"
+    assert of_outputs({"y": "logits", "z": "values"}, "y") == " (output 'y')"

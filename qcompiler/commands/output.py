@@ -53,10 +53,10 @@ def size(count: float) -> str:
 
 
 def of_outputs(kinds: Mapping[str, str], name: str | None = None) -> str:
-    """Which output a figure is of, where a model has several: the named one, or the mean of all."""
+    """Which output a figure is of, where a model has several: the named one, or the mean of those that differ."""
     if len(kinds) < 2:
         return ""
-    return f", mean of {len(kinds)} outputs" if name is None else f" (output '{name}')"
+    return ", mean of the outputs that differ" if name is None else f" (output '{name}')"
 
 
 def brief(value: float | None, form: str = ".3g") -> str:
