@@ -85,6 +85,8 @@ class ConvexBound:
         """Improve the form until the bound stalls, reaches `enough`, or time is up."""
         units, options = self.problem.allowed.shape
         blocks = np.full((units, options, options), _FILL)
+        if self.problem.within is not None:
+            blocks = self.problem.within / (self._scale[:, :, None] * self._scale[:, None, :])
         blocks[:, np.arange(options), np.arange(options)] = 1.0
         self._enough = enough
         found = self._judge(blocks, None)

@@ -57,6 +57,8 @@ class PairProblem:
         resources: terms of every budgeted resource; cost 0 at missing options.
         budgets: float64 [resources].
         allowed: bool [units, options].
+        within: float64 [units, options, options], what the matrix of the loss holds within units, or None: of no
+            consequence for any choice, but a form that is convex with it can be convex only with it.
     """
 
     problem: Problem
@@ -65,6 +67,7 @@ class PairProblem:
     resources: tuple[Terms, ...]
     budgets: Floats
     allowed: npt.NDArray[np.bool_]
+    within: Floats | None = None
 
     @staticmethod
     def of(problem: Problem) -> PairProblem:
@@ -87,7 +90,7 @@ class PairProblem:
         resources = [_terms(merged.costs[n], merged.pair_costs.get(n), allowed, 0.0) for n in merged.budgets]
         return PairProblem(
             merged, members, _terms(merged.loss, merged.cross, allowed, np.inf), tuple(resources),
-            np.array(list(merged.budgets.values()), np.float64), allowed,
+            np.array(list(merged.budgets.values()), np.float64), allowed, _within(merged),
         )  # fmt: skip
 
     @property
@@ -103,6 +106,16 @@ class PairProblem:
             if terms.pair is not None and price > 0:
                 pair = price * terms.pair if pair is None else pair + price * terms.pair
         return Terms(unary, pair)
+
+
+def _within(problem: Problem) -> Floats | None:
+    if not isinstance(problem.cross, np.ndarray):
+        return None
+    units, options = problem.loss.shape
+    index = np.arange(units)
+    blocks = problem.cross.reshape(units, options, units, options)[index, :, index, :].copy()
+    blocks[:, np.arange(options), np.arange(options)] = 0
+    return blocks if blocks.any() else None
 
 
 def _terms(own: Floats, matrix: Any, allowed: npt.NDArray[np.bool_], missing: float) -> Terms:

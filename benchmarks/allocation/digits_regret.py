@@ -15,7 +15,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,15 @@ def methods(truth: Truth) -> dict[str, tuple[Floats, Method]]:
 
         return choose
 
+    def cautious(margin: float, count: int) -> Method:
+        def choose(problem: Problem) -> npt.NDArray[np.intp]:
+            choices, predicted = truth.ranked(problem)
+            plain = best(replace(problem, cross=np.zeros_like(problem.cross)))
+            chosen = [plain, *(c for c in choices[:count] if not np.array_equal(c, plain))][:count]
+            return rerank(truth.loss, chosen, predicted[: len(chosen)], margin).choice
+
+        return choose
+
     def searched(problem: Problem) -> npt.NDArray[np.intp]:
         found = improve(truth.loss, problem, best(problem), RUNS)
         truth.choices += found.runs
@@ -107,8 +116,15 @@ def methods(truth: Truth) -> dict[str, tuple[Floats, Method]]:
         truth.choices += found.runs
         return found.choice
 
+    reliable = measured.reliable_cross()[1]
     return {
         "diagonal": (np.diag(np.diag(gram)), best),
+        "Gram, shrunk by reliability, + true diagonal": (reliable, best),
+        **{
+            f"... + diagonal and top {n - 1} re-ranked, margin {margin}": (reliable, cautious(margin, n))
+            for n in (4, 8)
+            for margin in (0.0, 1.0, 2.0)
+        },
         "CLADO raw": (clado, best),
         "CLADO projected": (project_psd(clado), best),
         "CLADO projected, within-site terms filled": (project_psd(fill_within(starts, clado)), best),

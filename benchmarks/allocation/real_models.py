@@ -27,9 +27,8 @@ from qcompiler.formats import parse_spec
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.true_loss import TrueLoss
-from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Menu, menu, target_for
-from qcompiler.passes.plan.decide import contenders, reranked, runs, solved
+from qcompiler.passes.plan.decide import contenders, judge, reranked, runs, solved
 from qcompiler.passes.plan.losses import measured_losses
 from qcompiler.plan import SitePlan
 from qcompiler.progress import Terminal
@@ -66,13 +65,16 @@ def run(assets: Path, name: str, cache: Path | None, samples: int, formats: tupl
     measuring = time.process_time() - clock
     sites, plans = [m.site for m in menus], [list(m.plans) for m in menus]
     rest = Calibration.from_arrays(public, model.ir)
-    judge = TrueLoss(model, sites, plans, samples=min(rest.count, 260), data=rest, memory=2 << 30)
+    public_loss = TrueLoss(model, sites, plans, samples=min(rest.count, 260), data=rest, memory=2 << 30)
+    own = judge(model, menus, losses.facts["samples"])
     for text in formats:
-        row = compared(model, menus, text, losses, judge, samples)
+        row = compared(menus, text, losses, own, public_loss)
         print(json.dumps({"model": name, **row, "cpu_s_measuring": round(measuring, 1)}), flush=True)
 
 
-def compared(model: Model, menus: list[Menu], text: str, losses: Any, judge: TrueLoss, samples: int) -> dict[str, Any]:
+def compared(
+    menus: list[Menu], text: str, losses: Any, own: tuple[TrueLoss, float], public: TrueLoss
+) -> dict[str, Any]:
     """One row: what each allocation of the uniform format's bits truly loses."""
     uniform = np.array(with_uniform(menus, text)[1], np.intp)
     bits = [[float(b) for b in m.bits()] for m in menus]
@@ -83,23 +85,22 @@ def compared(model: Model, menus: list[Menu], text: str, losses: Any, judge: Tru
     clock = time.monotonic()
     solution = solved(problem, "auto")
     seconds = time.monotonic() - clock
-    sites, plans = [m.site for m in menus], [list(m.plans) for m in menus]
-    choices = contenders(problem, solution, runs(8, weights))
-    final, facts = reranked(problem, solution, TrueLoss(model, sites, plans, samples=samples), choices)
+    choices = contenders(problem, solution, runs(4, weights))
+    final, facts = reranked(problem, solution, *own, choices)
     chosen = {
         "uniform": uniform, "diagonal": solved(alone, "ilp").choice, "gram": solution.choice, "default": final.choice,
     }  # fmt: skip
-    true = judge.losses(list(chosen.values()))
+    true = public.losses(list(chosen.values()))
     found: dict[str, Any] = {"format": text, "bits": round(room / weights, 4)}
     found |= {name: float(f"{value:.5g}") for name, value in zip(chosen, true, strict=True)}
-    against = {name: judge.difference(chosen[name], final.choice) for name in ("uniform", "diagonal")}
+    against = {name: public.difference(chosen[name], final.choice) for name in ("uniform", "diagonal")}
     found |= {f"better than {name} by, noise": [float(f"{v:.3g}") for v in pair] for name, pair in against.items()}
     found |= {
         "over uniform": round(found["default"] / found["uniform"], 3),
         "gap": solution.gap,
         "taken": facts["taken"],
     }
-    return {**found, "method": solution.method, "solver_s": round(seconds, 1), "public_samples": judge.used}
+    return {**found, "method": solution.method, "solver_s": round(seconds, 1), "public_samples": public.used}
 
 
 def main() -> None:

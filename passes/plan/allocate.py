@@ -14,10 +14,9 @@ from qcompiler.budget import Budget, bits_text, kept_sites, parse_budget
 from qcompiler.errors import BadOption, BudgetInfeasible, Refusal
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
-from qcompiler.measure.true_loss import TrueLoss
 from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Activations, Menu, menu, passed_over, site_bits, target_for
-from qcompiler.passes.plan.decide import SEPARABLE, contenders, reranked, runs, solved
+from qcompiler.passes.plan.decide import SEPARABLE, contenders, judge, reranked, runs, solved
 from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
 from qcompiler.passes.plan.measured import Measured, require_clock
@@ -32,7 +31,6 @@ from qcompiler.target import Backend
 _ACTIVATIONS: dict[str, Activations] = {"auto": "auto", "float": "float", "static": "static", "dynamic": "dynamic"}
 _TIES = ("target", "none", "inputs", "adds")
 _CURVE_POINTS = 100
-_MORE_SAMPLES = 4  # than losses were measured on: the best of many on few samples is the best for these samples
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Allocate(Pass):
     ties: str = "target"
     method: str = "auto"
     loss: str = "gram"
-    rerank: int = 8
+    rerank: int = 4
     pareto: int = 0
     samples: int = 0
     seconds: float = 240.0
@@ -149,7 +147,7 @@ class Allocate(Pass):
             return replace(priced.problem(losses.rows, self.budgets, groups), cross=cross)
 
         def answer(problem: Problem) -> Solution:
-            samples = _MORE_SAMPLES * int(losses.facts.get("samples", 0))
+            samples = int(losses.facts.get("samples", 0))
             solution, facts = self._rerank(model, ledger.menus, problem, self._solve(problem), samples, timing.progress)
             judged[solution.choice.tobytes()] = facts
             return solution
@@ -174,14 +172,14 @@ class Allocate(Pass):
         samples: int,
         progress: Progress,
     ) -> tuple[Solution, dict[str, Any]]:
-        """The best answers run whole on so many samples, and the one that then loses least."""
+        """The best answers run whole, on samples that were not measured on if there are some, and the best of them."""
         most = runs(self.rerank, sum(m.site.count for m in menus))
         choices = contenders(problem, solution, most) if most > 1 and menus else []
         if len(choices) < 2:
             return solution, {}
-        truth = TrueLoss(model, [m.site for m in menus], [list(m.plans) for m in menus], samples=samples)
+        truth, margin = judge(model, menus, samples)
         progress.note(f"running the {len(choices)} best allocations")
-        return reranked(problem, solution, truth, choices)
+        return reranked(problem, solution, truth, margin, choices)
 
 
 def _tied(

@@ -11,15 +11,20 @@ import numpy as np
 
 from qcompiler import registry
 from qcompiler.measure.rerank import rerank
-from qcompiler.measure.true_loss import TrueLoss
+from qcompiler.measure.true_loss import TrueLoss, held_back
+from qcompiler.model import Model
+from qcompiler.passes.plan.candidates import Menu
 from qcompiler.solvers.k_best import k_best
 from qcompiler.solvers.problem import Choice, NoChoiceFound, Problem, Solution
 from qcompiler.solvers.quadratic import solve_quadratic
 from qcompiler.solvers.solve import solve
 
-SECONDS = 30.0  # of a solver
+SECONDS = 8.0  # of a solver; more has not changed what is taken
 SEPARABLE = ("lagrangian", "ilp")  # solvers that see no terms between units
-GAP = 0.005  # between a predicted loss and its bound: predictions are no better than that
+GAP = 0.01  # between a predicted loss and its bound: predictions are no better than that
+_MARGIN = 2.0  # standard errors: what is a little better on some calibration data is often worse on other data
+_MARGIN_OF_ALL = 1.0  # where there is no other data
+_TIMES = 2  # as many samples to run whole allocations on as to measure single losses
 _WEIGHTS_OF_RUNS = 1 << 28  # weights that re-ranking may quantize in all
 
 
@@ -37,14 +42,13 @@ def solved(problem: Problem, method: str) -> Solution:
 
 
 def contenders(problem: Problem, solution: Solution, most: int) -> list[Choice]:
-    """Distinct feasible choices worth running, the solver's own first, then the one that sees no cross terms."""
+    """Distinct feasible choices worth running: the one that sees no cross terms, the solver's own, the next best."""
     found = [solution.choice]
     if most > 1 and problem.separable:
-        found += [other.choice for other in k_best(problem, most, SECONDS / 3)]
+        found += [other.choice for other in k_best(problem, most, SECONDS)]
     elif most > 1:
-        alone = replace(problem, cross=None)
         with suppress(NoChoiceFound):
-            found.append(solve(alone, deadline=SECONDS / 3).choice)
+            found.insert(0, solve(replace(problem, cross=None), deadline=SECONDS).choice)
         found += solution.alternatives
     distinct = {choice.tobytes(): choice for choice in (np.asarray(c, np.intp) for c in found)}
     return [choice for choice in distinct.values() if problem.feasible(choice)][:most]
@@ -55,10 +59,32 @@ def runs(wanted: int, weights: int) -> int:
     return min(wanted, max(2, _WEIGHTS_OF_RUNS // max(weights, 1)))
 
 
-def reranked(problem: Problem, solution: Solution, truth: TrueLoss, choices: Sequence[Choice]) -> tuple[Solution, Any]:
-    """The solution with the choice of least true loss, and what the runs said, for the report."""
+def judge(model: Model, menus: Sequence[Menu], used: int) -> tuple[TrueLoss, float]:
+    """Who judges whole allocations, and by how many standard errors another choice must be better than the first.
+
+    Losses are taken on samples that nothing was measured on, where there are enough of them.
+
+    Args:
+        model: with calibration data.
+        menus: of the sites that are decided.
+        used: samples that the losses were measured on; 0 if none were.
+    """
+    sites, plans = [m.site for m in menus], [list(m.plans) for m in menus]
+    rest = held_back(model, used, _TIMES) if used else None
+    if rest is None:
+        return TrueLoss(model, sites, plans, samples=used), _MARGIN_OF_ALL
+    return TrueLoss(model, sites, plans, samples=rest.count, data=rest), _MARGIN
+
+
+def reranked(
+    problem: Problem, solution: Solution, truth: TrueLoss, margin: float, choices: Sequence[Choice]
+) -> tuple[Solution, Any]:
+    """The solution with the choice of least true loss, and what the runs said, for the report.
+
+    The first choice, which rests on the fewest measured numbers, is left only for one that is clearly better.
+    """
     predicted = [problem.objective(choice) for choice in choices]
-    result = rerank(truth, choices, predicted)
+    result = rerank(truth, choices, predicted, margin)
     facts = {
         "predicted": predicted,
         "true": [float(v) for v in result.true],
@@ -67,8 +93,7 @@ def reranked(problem: Problem, solution: Solution, truth: TrueLoss, choices: Seq
         "noise": result.noise,
         "samples": truth.used,
     }
-    if result.index == 0:
+    if np.array_equal(result.choice, solution.choice):
         return solution, facts
     objective = problem.objective(result.choice)
-    changed = replace(solution, choice=result.choice, objective=objective, status="feasible")
-    return changed, facts
+    return replace(solution, choice=result.choice, objective=objective, status="feasible"), facts

@@ -15,7 +15,7 @@ from qcompiler.errors import PassRefused
 from qcompiler.graph.sites import Site
 from qcompiler.measure.curvature import fisher, fisher_sensitivity, hessian_traces, trace_sensitivity
 from qcompiler.measure.masked import masked_sensitivity
-from qcompiler.measure.pairwise import pairwise_sensitivities
+from qcompiler.measure.pairwise import PairwiseSensitivity, pairwise_sensitivities
 from qcompiler.measure.proxy import proxy_sensitivity
 from qcompiler.measure.sensitivity import Sensitivity, sensitivities
 from qcompiler.model import Model
@@ -84,7 +84,7 @@ def measured_losses(
 
 def _padded_cross(found: Sensitivity) -> Floats | None:
     """The terms between sites, at the positions of a table whose rows are all as long as the longest."""
-    starts, gram = found.cross()
+    starts, gram = found.cross() if isinstance(found, PairwiseSensitivity) else found.reliable_cross()
     np.fill_diagonal(gram, 0)
     gram[~np.isfinite(gram)] = 0  # of options that will not be taken
     width = int(np.diff(starts).max())

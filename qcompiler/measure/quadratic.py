@@ -48,6 +48,50 @@ def fill_within(starts: Integers, gram: Floats, correlation: float = 0.95) -> Fl
     return filled
 
 
+def reliability(starts: Integers, sketches: npt.NDArray[np.float32], parts: int = 16) -> Floats:
+    """How far the products of sketches are more than chance: a factor for each entry, one a pair of units.
+
+    It is the positive-part James-Stein factor 1 - noise / power over all candidates of the two units (1 where disjoint
+    parts agree, 0 where they say nothing), in the nearest positive semidefinite matrix with ones on the diagonal:
+    multiplied with entries of a Gram matrix it leaves that positive semidefinite (Schur).
+
+    Args:
+        starts: int64 [units + 1], as in `Sensitivity.cross`.
+        sketches: float32 [candidates of all units, width], of length 1, the samples side by side.
+        parts: disjoint parts of the width that are compared.
+
+    Returns:
+        float64 [candidates, candidates], symmetric; 1 within a unit.
+    """
+    count, units = len(sketches), len(starts) - 1
+    parts = max(1, min(parts, sketches.shape[1]))
+    total, squares = np.zeros((count, count)), np.zeros((count, count))
+    for part in np.array_split(np.arange(sketches.shape[1]), parts):
+        product = parts * (sketches[:, part] @ sketches[:, part].T).astype(np.float64)
+        total += product
+        squares += product**2
+    mean = total / parts
+    noise = (squares / parts - mean**2) / max(parts - 1, 1)
+    member = np.repeat(np.arange(units), np.diff(starts))
+    power = _by_units(mean**2, member, units)
+    factor = np.zeros((units, units))
+    np.divide(power - _by_units(noise, member, units), power, out=factor, where=power > 0)
+    np.clip(factor, 0, 1, out=factor)
+    np.fill_diagonal(factor, 1)
+    factor = project_psd(factor)
+    size = np.sqrt(np.maximum(factor.diagonal(), 1e-300))
+    return (factor / np.outer(size, size))[member][:, member]
+
+
+def _by_units(entries: Floats, member: Integers, units: int) -> Floats:
+    """Sums of the entries of each pair of units."""
+    rows = np.zeros((units, entries.shape[1]))
+    np.add.at(rows, member, entries)
+    sums = np.zeros((units, units))
+    np.add.at(sums.T, member, rows.T)
+    return sums
+
+
 def project_psd(gram: Floats) -> Floats:
     """The nearest positive semidefinite matrix: negative eigenvalues become 0. Predictions change (CLADO's repair).
 

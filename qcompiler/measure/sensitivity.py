@@ -4,9 +4,9 @@ Each probe quantizes one weight (nearest, clipped for the smallest squared error
 Besides the loss it keeps a sketch of the output's change, whose products give the cross terms of a quadratic loss
 model, G[a,b] = E dz_a^T F dz_b (Gauss-Newton form of CLADO's pair terms), for no further runs.
 
-Where all probes would take too long, each site is measured at one middle *anchor*, and its other candidates by the
-ratio of local output errors E||x dW^T||^2, to which the loss is proportional as long as the errors are small:
-loss[b] = loss[anchor] * error[b] / error[anchor].
+The loss is proportional to local output errors E||x dW^T||^2 as long as these are small:
+loss[b] = loss[anchor] * error[b] / error[anchor]. So candidates of more than 5 bits are not measured but told from the
+widest one that is ("tail"), and where even that would take too long each site is measured at one middle *anchor* only.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from qcompiler.measure.experiment import Experiment, Menus, Store, weight_format
 from qcompiler.measure.experiment import Option as Option
 from qcompiler.measure.loss import PARTS, Kind, Reference
 from qcompiler.measure.probes import Probes
-from qcompiler.measure.quadratic import bounds
+from qcompiler.measure.quadratic import bounds, reliability
 from qcompiler.model import Model
 from qcompiler.progress import Progress, Silent
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
-Mode = Literal["full", "anchor", "fisher", "trace", "masked", "proxy"]
-Effort = Literal["auto", "full", "anchor"]
+Mode = Literal["full", "tail", "anchor", "fisher", "trace", "masked", "proxy"]
+Effort = Literal["auto", "full", "tail", "anchor"]
+_SMALL_ERRORS = 5  # bits: those of wider formats are small
 _TRIAL = 1 << 17  # weights that are fitted to see how long fitting takes
 
 
@@ -49,8 +50,8 @@ class Sensitivity:
         loss: for each site float64 [candidates]: KL in nats, or normalised squared error, summed over outputs.
         noise: for each site float64 [candidates]: standard error of `loss` over disjoint parts of the data.
         sketches: for each site float32 [candidates, width]; products are the Gauss-Newton cross terms.
-        mode: "full", or "anchor" where most candidates were extrapolated; or how else the losses were made
-            (`curvature`, `masked`, `proxy`), in units that differ from method to method.
+        mode: "full"; "tail" where wide candidates were extrapolated, "anchor" where most were; or how else the losses
+            were made (`curvature`, `masked`, `proxy`), in units that differ from method to method.
         kinds: by output, what it was taken for.
         samples: used. probes: runs of the model's suffix. seconds: taken.
     """
@@ -82,6 +83,26 @@ class Sensitivity:
         for low, high in pairwise(starts):
             gram[low:high, low:high] = 0
         np.fill_diagonal(gram, diagonal)
+        return starts, gram
+
+    def reliable_cross(self) -> tuple[npt.NDArray[np.int64], Floats]:
+        """`cross`, with the terms between two sites shrunk by how far disjoint parts of the outputs agree on them.
+
+        Of some samples, the changes of many pairs of sites line up by chance, and a solver that may choose among
+        millions of allocations finds the pairs that do. The result is positive semidefinite: no allocation is predicted
+        to lose less than nothing.
+
+        Returns:
+            starts, G as in `cross`; entries within a site are products too (an allocation never takes two of them).
+        """
+        starts = np.cumsum([0, *(len(row) for row in self.loss)])
+        losses = np.concatenate(self.loss)
+        scale = np.sqrt(2 * np.where(np.isfinite(losses), np.maximum(losses, 0), 0))
+        vectors = np.concatenate(self.sketches).astype(np.float32)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        units = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+        gram = (units @ units.T).astype(np.float64) * reliability(starts, units) * np.outer(scale, scale)
+        np.fill_diagonal(gram, 2 * losses)
         return starts, gram
 
 
@@ -143,7 +164,8 @@ def sensitivities(
             None (float) loses nothing.
         samples: of the calibration data; None or 0: enough for 512 rows of output (fewer if they are long), at
             most one batch (16, more for small models); of texts longer than that the beginning.
-        effort: "full" measures every candidate, "anchor" one a site; "auto" the first if `seconds` allow it.
+        effort: "full" measures every candidate, "tail" those of at most 5 bits and tells wider ones from them, "anchor"
+            one a site; "auto" is "tail" if `seconds` allow it, else "anchor".
         seconds: of all cores together that it may take (at the speed of the first runs).
         kinds: how to judge an output, where `loss.output_kind` should not decide.
         monotone: let losses of one granularity never rise with the bits (pool adjacent violators): noise must
@@ -184,13 +206,13 @@ def measure_singles(
 
 
 def _mode(experiment: Experiment, seconds: float) -> Mode:
-    """Full if the estimate fits into `seconds`; a killed run decides as before."""
+    """Tail if the estimate fits into `seconds`; a killed run decides as before."""
     texts = [[str(spec) for spec in row] for row in experiment.specs]
 
     def decide() -> dict[str, Array]:
         return {"full": np.array(_estimate(experiment) <= seconds)}
 
-    return "full" if bool(experiment.store.get(decide, "mode", seconds, texts)["full"]) else "anchor"
+    return "tail" if bool(experiment.store.get(decide, "mode", seconds, texts)["full"]) else "anchor"
 
 
 def _estimate(experiment: Experiment) -> float:
@@ -231,25 +253,30 @@ def _measure(store: Store, probes: Probes, site: Site, row: tuple[QuantSpec | No
     unique = sorted({s for s in row if s is not None}, key=lambda s: s.stored_bits(site.rows, site.columns))
     if not unique:
         return _Measured(np.zeros((len(row), PARTS)), np.zeros((len(row), probes.reference.width), np.float32))
-    if mode == "full" or len(unique) == 1:
-        measured = {spec: store.probe(probes, site, spec) for spec in unique}
-    else:
-        anchor = unique[(len(unique) - 1) // 2]
-        losses, sketch = store.probe(probes, site, anchor)
-        texts = [str(spec) for spec in unique]
+    probed = _probed(unique, mode)
+    measured = {spec: store.probe(probes, site, spec) for spec in probed}
+    if len(probed) < len(unique):
+        anchor, told = probed[-1], [spec for spec in unique if spec not in measured]
+        losses, sketch = measured[anchor]
+        texts = [str(spec) for spec in (anchor, *told)]
         local = store.get(
-            lambda: {"errors": probes.local_errors(site, unique)}, "local", probes.number, site.name, texts
+            lambda: {"errors": probes.local_errors(site, [anchor, *told])}, "local", probes.number, site.name, texts
         )["errors"]
-        base = local[unique.index(anchor)]
-        ratios = local / base if base > 0 else np.ones(len(unique))
-        measured = {
-            spec: (losses * ratio, sketch * np.float32(np.sqrt(ratio)))
-            for spec, ratio in zip(unique, ratios, strict=True)
-        }
+        ratios = local[1:] / local[0] if local[0] > 0 else np.ones(len(told))
+        for spec, ratio in zip(told, ratios, strict=True):
+            measured[spec] = losses * ratio, sketch * np.float32(np.sqrt(ratio))
     width = len(measured[unique[0]][1])
     nothing = (np.zeros(PARTS), np.zeros(width, np.float32))
     pairs = [nothing if spec is None else measured[spec] for spec in row]
     return _Measured(np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], np.float32))
+
+
+def _probed(unique: Sequence[QuantSpec], mode: Mode) -> Sequence[QuantSpec]:
+    """The formats that are measured; the last of them is the one that others are told from."""
+    if mode == "anchor":
+        return [unique[(len(unique) - 1) // 2]]
+    narrow = [spec for spec in unique if spec.bits <= _SMALL_ERRORS]
+    return narrow if mode == "tail" and len(unique) - len(narrow) > 1 and narrow else unique
 
 
 def _join(parts: Sequence[_Measured], options: int) -> tuple[Floats, Floats, npt.NDArray[np.float32]]:

@@ -194,15 +194,16 @@ class TrueLoss:
             self._cache.put(self._cache_key(batch, key), {"losses": losses})
 
 
-def held_back(model: Model, used: int) -> Calibration | None:
-    """Calibration samples that measuring did not use, at most as many again; None if there are not enough for parts.
+def held_back(model: Model, used: int, times: int = 1) -> Calibration | None:
+    """Calibration samples that measuring did not use, spread; None if there are not enough for parts.
 
     Args:
         model: with calibration data.
         used: how many were used (`Sensitivity.samples`, `TrueLoss.used`).
+        times: at most so many times as many.
     """
     rest = calibration_of(model).without_spread(used)
-    return rest.spread(max(used, PARTS)) if rest.count >= PARTS else None
+    return rest.spread(max(times * used, PARTS)) if rest.count >= PARTS else None
 
 
 def _unique(rows: Sequence[Sequence[QuantSpec | None]]) -> tuple[list[list[QuantSpec]], list[list[int]]]:
