@@ -70,7 +70,7 @@ class Allocate(Pass):
     ties: str = "target"
     method: str = "auto"
     loss: str = "gram"
-    rerank: int = 4
+    rerank: int = 8
     pareto: int = 0
     samples: int = 0
     seconds: float = 240.0

@@ -25,7 +25,7 @@ GAP = 0.01  # between a predicted loss and its bound: predictions are no better 
 _MARGIN = 2.0  # standard errors: what is a little better on some calibration data is often worse on other data
 _MARGIN_OF_ALL = 1.0  # where there is no other data
 _TIMES = 2  # as many samples to run whole allocations on as to measure single losses
-_WEIGHTS_OF_RUNS = 1 << 28  # weights that re-ranking may quantize in all
+_WEIGHTS_OF_RUNS = 1 << 24  # weights that re-ranking may quantize in all
 
 
 def solved(problem: Problem, method: str) -> Solution:

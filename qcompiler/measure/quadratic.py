@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+_LEAST_RELIABLE = 0.5
 
 
 def bounds(diagonal: Floats) -> Floats:
@@ -51,9 +52,10 @@ def fill_within(starts: Integers, gram: Floats, correlation: float = 0.95) -> Fl
 def reliability(starts: Integers, sketches: npt.NDArray[np.float32], parts: int = 16) -> Floats:
     """How far the products of sketches are more than chance: a factor for each entry, one a pair of units.
 
-    It is the positive-part James-Stein factor 1 - noise / power over all candidates of the two units (1 where disjoint
-    parts agree, 0 where they say nothing), in the nearest positive semidefinite matrix with ones on the diagonal:
-    multiplied with entries of a Gram matrix it leaves that positive semidefinite (Schur).
+    It is the James-Stein factor 1 - noise / power over all candidates of the two units: 1 where disjoint parts agree,
+    and taken for 0 where more than half of the power may be noise. What is returned is the nearest positive
+    semidefinite matrix with ones on the diagonal: a Gram matrix times that, entry by entry, stays positive semidefinite
+    (Schur).
 
     Args:
         starts: int64 [units + 1], as in `Sensitivity.cross`.
@@ -76,7 +78,7 @@ def reliability(starts: Integers, sketches: npt.NDArray[np.float32], parts: int 
     power = _by_units(mean**2, member, units)
     factor = np.zeros((units, units))
     np.divide(power - _by_units(noise, member, units), power, out=factor, where=power > 0)
-    np.clip(factor, 0, 1, out=factor)
+    factor = np.where(factor < _LEAST_RELIABLE, 0, np.minimum(factor, 1))
     np.fill_diagonal(factor, 1)
     factor = project_psd(factor)
     size = np.sqrt(np.maximum(factor.diagonal(), 1e-300))
