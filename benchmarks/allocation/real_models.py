@@ -85,8 +85,7 @@ def compared(
     clock = time.monotonic()
     solution = solved(problem, "auto")
     seconds = time.monotonic() - clock
-    choices = contenders(problem, solution, runs(4, weights))
-    final, facts = reranked(problem, solution, *own, choices)
+    final, facts = reranked(*own, contenders(problem, solution, runs(8, weights)))
     chosen = {
         "uniform": uniform, "diagonal": solved(alone, "ilp").choice, "gram": solution.choice, "default": final.choice,
     }  # fmt: skip

@@ -56,7 +56,8 @@ class Allocate(Pass):
             model's output line up), "ablation" (the same without terms between sites), "pairwise" (CLADO), "fisher",
             "hutchinson", "hessian" (BAQ), "masked" and "masked-output" (OHQ).
         pareto: points of the size-against-loss path to solve for, each with its bound; 0: none.
-        rerank: how many of the best answers to run whole (fewer for large models); 1 takes the solver's.
+        rerank: how many of the best answers to run whole (fewer for large models); 1, or a solver by name, takes the
+            solver's.
         samples: calibration samples to measure with; 0: as many as the time allows.
         seconds: time that measuring may take.
     """
@@ -121,7 +122,8 @@ class Allocate(Pass):
         decided = {m.site.name: m.plans[int(o)] for m, o in zip(ledger.menus, solution.choice, strict=True)}
         model.plan = Plan(decided, kept=kept)
         bits, size = assert_within(model, self.budgets)
-        facts = _facts(self, ledger, problem, solution, size)
+        plain = judged.get("taken") == 0  # the answer to the problem without terms between sites
+        facts = _facts(self, ledger, replace(problem, cross=None) if plain else problem, solution, size)
         if self.pareto and ledger.menus:
             facts["pareto"] = solved_path(ledger, problem, self.pareto, progress)
         model.plan = replace(model.plan, solution=facts)
@@ -173,13 +175,13 @@ class Allocate(Pass):
         progress: Progress,
     ) -> tuple[Solution, dict[str, Any]]:
         """The best answers run whole, on samples that were not measured on if there are some, and the best of them."""
-        most = runs(self.rerank, sum(m.site.count for m in menus))
-        choices = contenders(problem, solution, most) if most > 1 and menus else []
-        if len(choices) < 2:
+        most = runs(self.rerank, sum(m.site.count for m in menus)) if self.method == "auto" else 1
+        answers = contenders(problem, solution, most) if most > 1 and menus else []
+        if len(answers) < 2:
             return solution, {}
         truth, margin = judge(model, menus, samples)
-        progress.note(f"running the {len(choices)} best allocations")
-        return reranked(problem, solution, truth, margin, choices)
+        progress.note(f"running the {len(answers)} best allocations")
+        return reranked(truth, margin, answers)
 
 
 def _tied(

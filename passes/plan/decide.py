@@ -7,8 +7,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from qcompiler import registry
 from qcompiler.measure.rerank import rerank
 from qcompiler.measure.true_loss import TrueLoss, held_back
@@ -19,7 +17,7 @@ from qcompiler.solvers.problem import Choice, NoChoiceFound, Problem, Solution
 from qcompiler.solvers.quadratic import solve_quadratic
 from qcompiler.solvers.solve import solve
 
-SECONDS = 8.0  # of a solver; more has not changed what is taken
+SECONDS = 4.0  # of a solver; more has not changed what is taken
 SEPARABLE = ("lagrangian", "ilp")  # solvers that see no terms between units
 GAP = 0.01  # between a predicted loss and its bound: predictions are no better than that
 _MARGIN = 2.0  # standard errors: what is a little better on some calibration data is often worse on other data
@@ -41,17 +39,26 @@ def solved(problem: Problem, method: str) -> Solution:
     return registry.find("solvers", method)(problem, SECONDS)
 
 
-def contenders(problem: Problem, solution: Solution, most: int) -> list[Choice]:
-    """Distinct feasible choices worth running: the one that sees no cross terms, the solver's own, the next best."""
-    found = [solution.choice]
+def contenders(problem: Problem, solution: Solution, most: int) -> list[Solution]:
+    """Distinct feasible answers worth running: that of the problem without cross terms, the solver's, the next best.
+
+    Loss and bound of the first are those of the problem without cross terms, of all others those of the whole problem.
+    """
+    found = [solution]
     if most > 1 and problem.separable:
-        found += [other.choice for other in k_best(problem, most, SECONDS)]
+        found += [_instead(problem, solution, other.choice) for other in k_best(problem, most, SECONDS)]
     elif most > 1:
         with suppress(NoChoiceFound):
-            found.insert(0, solve(replace(problem, cross=None), deadline=SECONDS).choice)
-        found += solution.alternatives
-    distinct = {choice.tobytes(): choice for choice in (np.asarray(c, np.intp) for c in found)}
-    return [choice for choice in distinct.values() if problem.feasible(choice)][:most]
+            found.insert(0, solve(replace(problem, cross=None), deadline=SECONDS))
+        found += [_instead(problem, solution, choice) for choice in solution.alternatives]
+    distinct: dict[bytes, Solution] = {}
+    for answer in found:
+        distinct.setdefault(answer.choice.tobytes(), answer)
+    return [answer for answer in distinct.values() if problem.feasible(answer.choice)][:most]
+
+
+def _instead(problem: Problem, solution: Solution, choice: Choice) -> Solution:
+    return replace(solution, choice=choice, objective=problem.objective(choice), status="feasible")
 
 
 def runs(wanted: int, weights: int) -> int:
@@ -76,15 +83,13 @@ def judge(model: Model, menus: Sequence[Menu], used: int) -> tuple[TrueLoss, flo
     return TrueLoss(model, sites, plans, samples=rest.count, data=rest), _MARGIN
 
 
-def reranked(
-    problem: Problem, solution: Solution, truth: TrueLoss, margin: float, choices: Sequence[Choice]
-) -> tuple[Solution, Any]:
-    """The solution with the choice of least true loss, and what the runs said, for the report.
+def reranked(truth: TrueLoss, margin: float, answers: Sequence[Solution]) -> tuple[Solution, dict[str, Any]]:
+    """The answer with the least true loss, and what the runs said, for the report.
 
-    The first choice, which rests on the fewest measured numbers, is left only for one that is clearly better.
+    The first, which rests on the fewest measured numbers, is left only for one that is clearly better.
     """
-    predicted = [problem.objective(choice) for choice in choices]
-    result = rerank(truth, choices, predicted, margin)
+    predicted = [answer.objective for answer in answers]
+    result = rerank(truth, [answer.choice for answer in answers], predicted, margin)
     facts = {
         "predicted": predicted,
         "true": [float(v) for v in result.true],
@@ -93,7 +98,4 @@ def reranked(
         "noise": result.noise,
         "samples": truth.used,
     }
-    if np.array_equal(result.choice, solution.choice):
-        return solution, facts
-    objective = problem.objective(result.choice)
-    return replace(solution, choice=result.choice, objective=objective, status="feasible"), facts
+    return answers[result.index], facts

@@ -24,9 +24,11 @@ from qcompiler.plan import Plan
 from qcompiler.progress import Progress, Silent
 
 Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
 Ends = dict[str, tuple[float, float]]
 _PERCENTILES = (100.0, 99.99, 99.97, 99.95, 99.9, 99.8)
 _MOVES = (0.85, 1.18)
+_FEW, _LOST = 3, 1.02  # samples after which a try that is worse by so much is given up
 _GAIN = 0.998  # smaller gains on the few samples are chance
 
 
@@ -69,8 +71,9 @@ class RangeSearch:
     def run(self, progress: Progress) -> dict[str, StaticRange]:
         """The grids found."""
         tried = [self._at(percent) for percent in _PERCENTILES]
-        losses = [self._loss(self._starts, 0, ends) for ends in progress.track(tried, "Ranges together")]
-        ends, loss = tried[int(np.argmin(losses))], min(losses)
+        losses = [self._losses(self._starts, 0, ends) for ends in progress.track(tried, "Ranges together")]
+        best = int(np.argmin([each.sum() for each in losses]))
+        ends, loss = tried[best], losses[best]
         boundaries = list(self._starts)
         for segment in progress.track(list(self._segments), "Ranges one by one"):
             for name in self._decided_in(segment):
@@ -102,8 +105,8 @@ class RangeSearch:
         return [name for name, target in self._targets.items() if target.like is None and f"{name}_scale" in fresh]
 
     def _improve(
-        self, name: str, segment: Segment, boundaries: Sequence[Boundary], ends: Ends, loss: float
-    ) -> tuple[Ends, float]:
+        self, name: str, segment: Segment, boundaries: Sequence[Boundary], ends: Ends, loss: Floats
+    ) -> tuple[Ends, Floats]:
         for factor in _MOVES:
             while True:  # go on in a direction that helps
                 histogram, (low, high) = self._histograms[name], ends[name]
@@ -111,8 +114,8 @@ class RangeSearch:
                 if moved == ends[name]:
                     break
                 changed = {**ends, name: moved}
-                found = self._loss(boundaries, segment.index, changed)
-                if found >= loss * _GAIN:
+                found = self._losses(boundaries, segment.index, changed, loss)
+                if found.sum() >= loss.sum() * _GAIN:
                     break
                 ends, loss = changed, found
         return ends, loss
@@ -125,15 +128,25 @@ class RangeSearch:
             changes[f"{name}_zero"] = np.array(grid.zero, np.uint8)
         return changes
 
-    def _loss(self, boundaries: Sequence[Mapping[str, Array]], start: int, ends: Ends) -> float:
-        """Squared error of the outputs relative to their power, averaged over the samples."""
-        changes, total = self._changes(ends), 0.0
-        for boundary, exact in zip(boundaries, self._exact, strict=True):
+    def _losses(
+        self, boundaries: Sequence[Mapping[str, Array]], start: int, ends: Ends, best: Floats | None = None
+    ) -> Floats:
+        """Squared error of the outputs relative to their power, float64 [samples].
+
+        Infinite from the sample on where it has clearly lost against `best`, the losses of the same samples so far.
+        """
+        changes, losses = self._changes(ends), np.full(len(self._exact), np.inf)
+        for number, (boundary, exact) in enumerate(zip(boundaries, self._exact, strict=True)):
             outputs = self._segments.run(boundary, start, changes)
-            for name, y in exact.items():
-                if np.issubdtype(y.dtype, np.floating):
-                    total += _power(outputs[name] - y) / (_power(y) or 1.0)
-        return total / len(self._exact)
+            losses[number] = sum(
+                _power(outputs[name] - y) / (_power(y) or 1.0)
+                for name, y in exact.items()
+                if np.issubdtype(y.dtype, np.floating)
+            )
+            seen = slice(number + 1)
+            if best is not None and number >= _FEW and losses[seen].sum() > _LOST * best[seen].sum():
+                break
+        return losses
 
 
 def _power(array: Array) -> float:

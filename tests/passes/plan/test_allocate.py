@@ -209,6 +209,17 @@ def test_the_answer_that_is_truly_best_is_taken(measured: Measured) -> None:
     assert second.plan.solution["gap"] >= first.plan.solution["gap"]
 
 
+def test_the_plain_answer_is_told_with_its_own_bound(measured: Measured) -> None:
+    """Where runs prefer the answer without terms between sites, loss, bound and curve are those without them."""
+    measured.direction = {"q": np.full(16, 0.2), "k": np.full(16, -0.2), "out": np.full(16, 0.1)}
+    plain, _ = run(Allocate("3.5bits", loss="ablation", rerank=1))
+    done, report = run(Allocate("3.5bits"))
+    assert report.metrics["measured"]["cross terms"]
+    assert report.metrics["runs"]["taken"] == 0
+    for name in ("predicted_loss", "lower_bound", "curve"):
+        np.testing.assert_allclose(done.plan.solution[name], plain.plan.solution[name], rtol=1e-6)
+
+
 def test_the_path_of_sizes_is_solved_and_bounded(measured: Measured) -> None:
     wave = np.sin(np.arange(16))
     measured.direction = {"q": 0.2 + 0.1 * wave, "k": -0.2 + 0.05 * wave, "out": 0.1 + 0.1 * wave}
