@@ -73,6 +73,7 @@ def batches(count: int = 6) -> list[dict[str, np.ndarray]]:
 def test_compile_meets_the_budget_and_remembers_how(work: Path) -> None:
     result = qc.compile(work, "onnx", "4.6bits", batches(), "mixed.toml", activations="float")
     assert result.artifact == Path("chain.qc")
+    assert result.bits_per_weight is not None
     assert 4 < result.bits_per_weight <= 4.6
     assert result.lower_bound is not None
     assert result.predicted_loss is not None
@@ -287,7 +288,7 @@ def test_a_missing_toolchain_is_noticed_before_long_work(work: Path, monkeypatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "tvm" else found(name, *a))
     with pytest.raises(MissingExtra, match=r"qcompiler\[tvm\]"):
         qc.compile("not-even-looked-at.onnx", "cpu")
-    assert qc.compile(work, "cpu", "5bits", batches(), "mixed.toml", explain=True).bits_per_weight <= 5
+    assert (qc.compile(work, "cpu", "5bits", batches(), "mixed.toml", explain=True).bits_per_weight or 99) <= 5
 
 
 def test_the_budget_is_that_of_the_pipeline_where_none_is_given(work: Path) -> None:

@@ -31,7 +31,8 @@ def model(batch: int | str | None, *outputs: str) -> ir.Model:
     wanted = {name: OUTPUTS[name] for name in outputs}
     nodes = [helper.make_node("Transpose", ["x"], ["turned"])]
     for name, ((op, *inputs), _) in wanted.items():
-        nodes.append(helper.make_node(op, inputs, [name], **({"keepdims": 0} if op == "ReduceSum" else {})))
+        options: dict[str, Any] = {"keepdims": 0} if op == "ReduceSum" else {}
+        nodes.append(helper.make_node(op, inputs, [name], **options))
     kinds = {"width": TensorProto.INT64}
     constants = {"w": np.arange(12, dtype="f").reshape(4, 3), "line": np.array([-1])}
     graph = helper.make_graph(

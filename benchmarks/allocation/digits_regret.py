@@ -93,7 +93,7 @@ def methods(truth: Truth) -> dict[str, tuple[Floats, Method]]:
     def reranked(judge: TrueLoss, margin: float = 0.0) -> Method:
         def choose(problem: Problem) -> npt.NDArray[np.intp]:
             choices, predicted = truth.ranked(problem)
-            return rerank(judge, choices[:TOP], predicted[:TOP], margin).choice
+            return rerank(judge, list(choices[:TOP]), predicted[:TOP], margin).choice
 
         return choose
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +65,7 @@ def sensible(menus: Sequence[Menu], loss: Sequence[Floats], count: int, seed: in
     found: list[npt.NDArray[np.intp]] = []
     for wanted in np.linspace(2.5, 6.0, count):
         wrong = [row * np.exp(rng.normal(0, 1, len(row))) for row in loss]
-        low, high = 1e-20, 1e3
+        low, high, choice = 1e-20, 1e3, list[int]()
         for _ in range(80):
             price = np.sqrt(low * high)
             choice = [int(np.argmin(row + price * b)) for row, b in zip(wrong, bits, strict=True)]
@@ -77,8 +78,13 @@ def sensible(menus: Sequence[Menu], loss: Sequence[Floats], count: int, seed: in
 def correlation(predicted: Floats, true: Floats) -> tuple[float, float]:
     """Spearman over all, and the mean over four quarters (the allocations come in the order of bits)."""
     quarters = np.array_split(np.arange(len(true)), 4)
-    within = [float(spearmanr(predicted[q], true[q]).statistic) for q in quarters]
-    return float(spearmanr(predicted, true).statistic), float(np.mean(within))
+    within = [_spearman(predicted[q], true[q]) for q in quarters]
+    return _spearman(predicted, true), float(np.mean(within))
+
+
+def _spearman(a: Floats, b: Floats) -> float:
+    result: Any = spearmanr(a, b)
+    return float(result.statistic)
 
 
 def run(assets: Path, name: str, options: argparse.Namespace) -> dict[str, object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -41,14 +43,14 @@ def test_what_multiplies_in_a_way_of_its_own_is_named(node: onnx.NodeProto, expe
 
 def test_the_weights_of_a_recurrent_layer_are_named_and_its_bias_is_not() -> None:
     node = helper.make_node("LSTM", ["x", "lw", "lr", "lb"], ["y"], hidden_size=2)
-    ones = {name: np.ones(shape, "f") for name, shape in {"lw": (1, 8, 3), "lr": (1, 8, 2), "lb": (1, 16)}.items()}
+    ones: Any = {name: np.ones(shape, "f") for name, shape in {"lw": (1, 8, 3), "lr": (1, 8, 2), "lb": (1, 16)}.items()}
     assert {u.where: u.bytes for u in uncounted_weights(build([node], **ones))} == {"lw": 96, "lr": 64}
 
 
 def test_weights_in_subgraphs_are_named() -> None:
     def branch(name: str) -> onnx.GraphProto:
         output = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)
-        weights = [numpy_helper.from_array(W, f"{name}_w"), numpy_helper.from_array(np.float32(2), f"{name}_two")]
+        weights = [numpy_helper.from_array(W, f"{name}_w"), numpy_helper.from_array(np.array(2, "f"), f"{name}_two")]
         nodes = [helper.make_node("MatMul", ["x", f"{name}_w"], [f"{name}_h"])]
         nodes.append(helper.make_node("Mul", [f"{name}_h", f"{name}_two"], [f"{name}_y"]))
         return helper.make_graph(nodes, name, [], [output], weights)

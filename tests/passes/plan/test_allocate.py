@@ -158,7 +158,7 @@ def run(allocate: Allocate | Uniform, on: Model | None = None) -> tuple[Model, A
 def test_best_plan_under_a_bits_budget(measured: Measured, budget: str) -> None:
     done, report = run(Allocate(budget))
     limit = parse_budget(budget).amount
-    assert bits_per_weight(done) <= limit
+    assert (bits_per_weight(done) or 99) <= limit
     assert report.metrics["bits_per_weight"] == bits_per_weight(done)
     facts = done.plan.solution
     sites = find_sites(done.ir)
@@ -205,7 +205,7 @@ def test_the_answer_that_is_truly_best_is_taken(measured: Measured) -> None:
     runs = report.metrics["runs"]
     assert runs["taken"] == len(runs["true"]) - 1 > 0
     assert dict(second.plan.sites) != believed
-    assert bits_per_weight(second) <= 4
+    assert (bits_per_weight(second) or 99) <= 4
     assert second.plan.solution["gap"] >= first.plan.solution["gap"]
 
 
@@ -269,7 +269,7 @@ def test_byte_budget_counts_all_that_is_stored(measured: Measured) -> None:
 
 def test_several_budgets_hold_together(measured: Measured) -> None:
     both, _ = run(Allocate(("6bits", "4bits", "14kB")))
-    assert bits_per_weight(both) <= 4
+    assert (bits_per_weight(both) or 99) <= 4
     assert stored_bytes(both) <= 14_000
     bits_only, _ = run(Allocate("4bits"))
     assert stored_bytes(bits_only) > 14_000
@@ -289,7 +289,7 @@ def test_kept_sites_stay_float_and_leave_the_average(measured: Measured) -> None
     done, _ = run(Allocate("3bits", keep=("w*",)))
     assert "wide" not in done.plan.sites
     assert done.plan.kept == ("wide",)
-    assert bits_per_weight(done) <= 3
+    assert (bits_per_weight(done) or 99) <= 3
     with pytest.raises(BudgetInfeasible, match=r"wide \(kept\) \(65.5 kB\)"):
         run(Allocate("60kB", keep=("wide",)))
     with pytest.raises(BadOption, match="matches no site"):
@@ -302,7 +302,7 @@ def test_what_the_target_cannot_hold_stays_float_inside_the_average(
     use_target(monkeypatch, Target(float_sites=("k",)))
     done, report = run(Allocate("6bits"))
     assert "k" not in done.plan.sites
-    assert bits_per_weight(done) <= 6
+    assert (bits_per_weight(done) or 99) <= 6
     assert [(r.where, "float" in r.reason) for r in report.refused] == [("k", True)]
     with pytest.raises(BudgetInfeasible, match=r"k \(stays float: it has no kernel for this\)"):
         run(Allocate("3bits"))
