@@ -262,9 +262,11 @@ def _measure(store: Store, probes: Probes, site: Site, row: tuple[QuantSpec | No
         local = store.get(
             lambda: {"errors": probes.local_errors(site, [anchor, *told])}, "local", probes.number, site.name, texts
         )["errors"]
-        ratios = local[1:] / local[0] if local[0] > 0 else np.ones(len(told))
-        for spec, ratio in zip(told, ratios, strict=True):
-            measured[spec] = losses * ratio, sketch * np.float32(np.sqrt(ratio))
+        if local[0] > 0 and np.isfinite(local).all():
+            for spec, ratio in zip(told, local[1:] / local[0], strict=True):
+                measured[spec] = losses * ratio, sketch * np.float32(np.sqrt(ratio))
+        else:  # nothing to go by
+            measured |= {spec: store.probe(probes, site, spec) for spec in told}
     width = len(measured[unique[0]][1])
     nothing = (np.zeros(PARTS), np.zeros(width, np.float32))
     pairs = [nothing if spec is None else measured[spec] for spec in row]
