@@ -56,8 +56,8 @@ class Allocate(Pass):
             model's output line up), "ablation" (the same without terms between sites), "pairwise" (CLADO), "fisher",
             "hutchinson", "hessian" (BAQ), "masked" and "masked-output" (OHQ).
         pareto: points of the size-against-loss path to solve for, each with its bound; 0: none.
-        rerank: how many of the best answers to run whole (fewer for large models); 1, or a solver by name, takes the
-            solver's.
+        rerank: how many of the best answers to run whole (fewer for larger models, and none beyond 33 million weights,
+            where terms between sites are left out then); 1, or a solver by name, takes the solver's.
         samples: calibration samples to measure with; 0: as many as the time allows.
         seconds: time that measuring may take.
     """
@@ -142,7 +142,10 @@ class Allocate(Pass):
         self, model: Model, timing: Measured, ledger: Ledger, groups: Sequence[tuple[int, ...]], losses: Losses
     ) -> tuple[Ledger, Problem, Solution, dict[str, Any]]:
         """Solve, run the best answers, and keep to the latencies; what was run whole comes last."""
-        cross = None if self.method in SEPARABLE else losses.cross
+        weights = sum(m.site.count for m in ledger.menus)
+        # Terms between sites are believed only if runs confirm what follows from them.
+        unseen = self.method == "auto" and self.rerank > 1 and runs(self.rerank, weights) == 1
+        cross = None if self.method in SEPARABLE or unseen else losses.cross
         judged: dict[bytes, dict[str, Any]] = {}
 
         def pose(priced: Ledger) -> Problem:

@@ -23,6 +23,7 @@ GAP = 0.01  # between a predicted loss and its bound: predictions are no better 
 _MARGIN = 2.0  # standard errors: what is a little better on some calibration data is often worse on other data
 _MARGIN_OF_ALL = 1.0  # where there is no other data
 _TIMES = 2  # as many samples to run whole allocations on as to measure single losses
+_MOST_WEIGHTS = 1 << 25
 _WEIGHTS_OF_RUNS = 1 << 24  # weights that re-ranking may quantize in all
 
 
@@ -62,8 +63,11 @@ def _instead(problem: Problem, solution: Solution, choice: Choice) -> Solution:
 
 
 def runs(wanted: int, weights: int) -> int:
-    """How many choices to run: as many as wanted, fewer (but two) for large models, the same on every machine."""
-    return min(wanted, max(2, _WEIGHTS_OF_RUNS // max(weights, 1)))
+    """How many choices to run: as many as wanted, fewer for larger models, for large ones none; on every machine alike.
+
+    1 means none: a run holds all weights in float32, quantized.
+    """
+    return 1 if weights > _MOST_WEIGHTS else min(wanted, max(2, _WEIGHTS_OF_RUNS // max(weights, 1)))
 
 
 def judge(model: Model, menus: Sequence[Menu], used: int) -> tuple[TrueLoss, float]:

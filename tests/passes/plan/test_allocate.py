@@ -209,6 +209,17 @@ def test_the_answer_that_is_truly_best_is_taken(measured: Measured) -> None:
     assert second.plan.solution["gap"] >= first.plan.solution["gap"]
 
 
+def test_models_too_large_to_run_are_decided_without_terms(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured.importance = {"q": 1.0, "k": 1.0, "v": 0.8, "out": 0.8, "wide": 1e-9}
+    measured.direction = {"q": np.full(16, 0.325), "k": np.full(16, -0.325)}
+    believed, _ = run(Allocate("3.5bits", rerank=1))
+    monkeypatch.setattr("qcompiler.passes.plan.decide._MOST_WEIGHTS", 1000)
+    done, report = run(Allocate("3.5bits"))
+    plain, _ = run(Allocate("3.5bits", loss="ablation"))
+    assert report.metrics["runs"] == {}
+    assert done.plan.sites == plain.plan.sites != believed.plan.sites
+
+
 def test_the_plain_answer_is_told_with_its_own_bound(measured: Measured) -> None:
     """Where runs prefer the answer without terms between sites, loss, bound and curve are those without them."""
     measured.direction = {"q": np.full(16, 0.2), "k": np.full(16, -0.2), "out": np.full(16, 0.1)}
