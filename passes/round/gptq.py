@@ -30,7 +30,7 @@ from qcompiler.pipeline import Pass, PassReport
 from qcompiler.progress import Progress
 
 _LEAST_ROWS = 1 << 12  # of all samples together, for a Gram matrix
-_ROWS_PER_COLUMN = 8
+_ROWS_PER_COLUMN = 16
 
 
 @dataclass(frozen=True)
