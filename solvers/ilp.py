@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,22 +18,10 @@ import pulp
 
 from qcompiler.solvers.knapsack import solve_lagrangian
 from qcompiler.solvers.problem import Choice, Floats, InfeasibleProblem, NoChoiceFound, Problem, Solution, separable
+from qcompiler.solvers.program import ACCURACY, Answer, check_engine, run
 
 _TIGHTER = (0.0, 0.0, 0.0, 0.0, 1e-7, 1e-6)  # relative, of the budgets, in the attempts to solve one program
-_TOLERANCES: dict[str, Any] = {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
-_ACCURACY = 1e-7  # of the integer solvers' bounds, on losses scaled to 1
-
-
 LARGEST = 60_000  # variables; PuLP takes seconds to build more, and HiGHS rarely closes them
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the integer solver says of a core: its best choice, a bound of all, and whether there are none."""
-
-    choice: Choice | None
-    bound: float
-    infeasible: bool
 
 
 def solve_ilp(problem: Problem, deadline: float = 60.0, engine: str = "highs") -> Solution:
@@ -50,8 +37,7 @@ def solve_ilp(problem: Problem, deadline: float = 60.0, engine: str = "highs") -
         NoChoiceFound: time ran out before one was found.
         ValueError: quadratic terms, or an unknown engine.
     """
-    if engine not in ("highs", "cbc"):
-        raise ValueError(f"unknown engine '{engine}'")
+    check_engine(engine)
     start = time.monotonic()
     merged, members = separable(problem)
     try:
@@ -103,7 +89,7 @@ def _scale(problem: Problem, options: npt.NDArray[np.bool_]) -> float:
 
 def allowance(problem: Problem, options: npt.NDArray[np.bool_], objective: float) -> float:
     """How far below an optimum's loss the integer solver's bound may lie."""
-    return 2 * _ACCURACY * _scale(problem, options) + 1e-12 * abs(objective)
+    return 2 * ACCURACY * _scale(problem, options) + 1e-12 * abs(objective)
 
 
 def solve_core(
@@ -137,21 +123,21 @@ def solve_core(
         program, variables = _program(problem, options, (problem.loss - low[:, None]) / scale, tighter)
         for choice in cuts:
             _exclude(program, variables, options, choice)
-        answer = _run(program, variables, engine, left, options)
+        answer = run(program, variables, options, left, engine)
         if not tighter:
-            bound = math.fsum(low) + scale * (answer.bound - _ACCURACY)
+            bound = math.fsum(low) + scale * (answer.bound - ACCURACY)
         if answer.choice is None or problem.feasible(answer.choice):
-            return Answer(answer.choice, bound, answer.infeasible and not tighter)
+            return Answer(answer.choice, bound, answer.optimal and not tighter, answer.infeasible and not tighter)
         cuts.append(answer.choice)
-    return Answer(None, bound, False)
+    return Answer(None, bound, False, False)
 
 
 def _only(problem: Problem, options: npt.NDArray[np.bool_], excluded: Sequence[Choice]) -> Answer:
     """The answer where every unit has one option."""
     choice = options.argmax(axis=1)
     if not problem.feasible(choice) or any((choice == other).all() for other in excluded):
-        return Answer(None, -math.inf, True)
-    return Answer(choice, problem.objective(choice), False)
+        return Answer(None, -math.inf, False, True)
+    return Answer(choice, problem.objective(choice), True, False)
 
 
 def _program(
@@ -187,31 +173,3 @@ def _exclude(
         return
     chosen = [(x, 1) for (unit, option), x in variables.items() if choice[unit] == option]
     program += pulp.LpAffineExpression(chosen) <= len(chosen) - 1
-
-
-def _run(
-    program: pulp.LpProblem,
-    variables: dict[tuple[int, int], pulp.LpVariable],
-    engine: str,
-    seconds: float,
-    options: npt.NDArray[np.bool_],
-) -> Answer:
-    highs = pulp.HiGHS(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1, **_TOLERANCES)
-    if engine == "highs" and highs.available():
-        program.solve(highs)
-        # PuLP calls a HiGHS run that timed out "Optimal": the bound is asked of HiGHS itself.
-        model: Any = program.solverModel
-        bound = float(model.getInfo().mip_dual_bound)
-    else:
-        program.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1))
-        bound = math.nan
-    optimal = program.sol_status == pulp.LpSolutionOptimal
-    infeasible = program.sol_status == pulp.LpSolutionInfeasible and program.status == pulp.LpStatusInfeasible
-    if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        return Answer(None, bound if math.isfinite(bound) else -math.inf, infeasible)
-    if math.isnan(bound):  # CBC tells no bound: its objective is one where it proved optimality
-        bound = float(cast(float, pulp.value(program.objective))) if optimal else -math.inf
-    share = np.where(options.sum(axis=1, keepdims=True) == 1, options, -1.0)
-    for key, variable in variables.items():
-        share[key] = variable.varValue or 0.0
-    return Answer(share.argmax(axis=1), bound, False)

@@ -99,7 +99,6 @@ class MessagePassing:
         self.messages = np.zeros((*problem.allowed.shape, problem.units))
         self.prices = prices.copy()
         self.best: Dual | None = None
-        self._cost = np.stack([t.unary for t in problem.resources]) if problem.resources else None
 
     def run(self, enough: float = np.inf, rounds: int = 60) -> Dual:
         """Pass messages and follow the prices until nothing rises, `enough` is reached, or time is up."""

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pulp
 
 from qcompiler.solvers.problem import Choice
 
 ACCURACY = 1e-7  # of the integer solvers' bounds, on losses scaled to 1
+_TOLERANCES: dict[str, Any] = {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,16 @@ class Answer:
     infeasible: bool
 
 
+def check_engine(engine: str) -> None:
+    """Raise ValueError for an integer solver that is not known."""
+    if engine not in ("highs", "cbc"):
+        raise ValueError(f"unknown engine '{engine}': use highs or cbc")
+
+
 def run(
     program: pulp.LpProblem,
     variables: dict[tuple[int, int], pulp.LpVariable],
-    shape: tuple[int, int],
+    options: npt.NDArray[np.bool_],
     seconds: float,
     engine: str = "highs",
 ) -> Answer:
@@ -42,16 +50,15 @@ def run(
 
     Args:
         program: a minimisation.
-        variables: by (unit, option); of options that cannot be chosen there are none.
-        shape: (units, options).
+        variables: by (unit, option); of units that have one option there need be none.
+        options: bool [units, options], which options there are; at least one a unit.
         seconds: after which it stops with what it has.
         engine: "highs", or "cbc" (also taken where HiGHS is not usable).
 
     Raises ValueError for another engine, or if none is installed.
     """
-    if engine not in ("highs", "cbc"):
-        raise ValueError(f"unknown engine '{engine}': use highs or cbc")
-    highs = pulp.HiGHS(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1)
+    check_engine(engine)
+    highs = pulp.HiGHS(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1, **_TOLERANCES)
     if engine == "highs" and highs.available():
         program.solve(highs)
         # PuLP calls a HiGHS run that timed out "Optimal": the bound is asked of HiGHS itself.
@@ -69,7 +76,7 @@ def run(
         return Answer(None, bound if math.isfinite(bound) else -math.inf, False, infeasible)
     if math.isnan(bound):  # CBC tells no bound: its objective is one where it proved optimality
         bound = float(cast(float, pulp.value(program.objective))) if optimal else -math.inf
-    share = np.full(shape, -1.0)
+    share = np.where(options.sum(axis=1, keepdims=True) == 1, options, -1.0)
     for key, variable in variables.items():
         share[key] = variable.varValue or 0.0
     return Answer(share.argmax(axis=1), bound, optimal, False)

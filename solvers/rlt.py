@@ -82,7 +82,7 @@ def linearised(
         built = _program(problem, loss, live, kept, low, scale, tighter)
         if time.monotonic() > deadline:
             break
-        answer = integer.run(*built, live.shape, max(0.05, deadline - time.monotonic()), engine)
+        answer = integer.run(*built, live, max(0.05, deadline - time.monotonic()), engine)
         first = first or answer
         if answer.choice is None or problem.problem.feasible(answer.choice):
             untouched = answer is first

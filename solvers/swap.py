@@ -45,10 +45,6 @@ class SwapSearch:
                 self._walk(choice)
         return min(self.found.values(), key=lambda pair: pair[0], default=None)
 
-    def best(self, count: int) -> list[tuple[float, Choice]]:
-        """The best distinct choices met at local minima, best first."""
-        return sorted(self.found.values(), key=lambda pair: pair[0])[:count]
-
     def repaired(self, choice: Choice) -> Choice | None:
         """Make a choice feasible by the moves that cost least loss per excess removed; None if stuck."""
         choice = choice.copy()

@@ -93,7 +93,7 @@ def test_a_choice_that_is_not_proven_is_still_an_answer(monkeypatch: pytest.Monk
     """Where the Lagrangian solver finds nothing and the program is stopped with a choice and a low bound."""
 
     def stopped(problem: Problem, *arguments: object, **options: object) -> Answer:
-        return Answer(np.array([1, 0, 0]), -5.0, False)
+        return Answer(np.array([1, 0, 0]), -5.0, False, False)
 
     def lost(problem: Problem, deadline: float) -> Solution:
         raise NoChoiceFound("none")

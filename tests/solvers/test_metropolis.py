@@ -14,7 +14,7 @@ from qcompiler.solvers.measured import lower_estimate
 from qcompiler.solvers.metropolis import solve_metropolis
 from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem, without_ties
 from qcompiler.solvers.solve import solve
-from tests.solvers.toys import ONE_OPTION, QUADRATIC, feasible_choices, layers
+from tests.solvers.toys import ONE_OPTION, QUADRATIC, assert_good_on, feasible_choices, layers
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -29,14 +29,7 @@ def test_additive_toys_within_two_percent(seed: int) -> None:
 
 @pytest.mark.parametrize("index", range(len(QUADRATIC)))
 def test_quadratic_toys(index: int) -> None:
-    problem = QUADRATIC[index]
-    losses = np.array([problem.objective(choice) for choice in feasible_choices(problem)])
-    found = solve_metropolis(problem, steps=300)
-    assert problem.feasible(found.choice)
-    assert all(len({int(found.choice[u]) for u in group}) == 1 for group in problem.ties)
-    assert found.objective == pytest.approx(problem.objective(found.choice))
-    assert -np.inf < found.bound <= losses.min() + 1e-12
-    assert found.objective <= np.quantile(losses, 0.02)
+    assert_good_on(QUADRATIC[index], solve_metropolis(QUADRATIC[index], steps=300))
 
 
 def test_lower_estimate_is_below_every_choice() -> None:

@@ -13,7 +13,7 @@ from qcompiler.solvers.ilp import solve_ilp
 from qcompiler.solvers.measured import Measured
 from qcompiler.solvers.policy_search import PolicySearch, default_features, reward, solve_policy_search
 from qcompiler.solvers.problem import InfeasibleProblem, Problem
-from tests.solvers.toys import ONE_OPTION, QUADRATIC, feasible_choices, layers
+from tests.solvers.toys import ONE_OPTION, QUADRATIC, assert_good_on, layers
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -27,14 +27,7 @@ def test_additive_toys_within_two_percent(seed: int) -> None:
 
 @pytest.mark.parametrize("index", range(len(QUADRATIC)))
 def test_quadratic_toys(index: int) -> None:
-    problem = QUADRATIC[index]
-    losses = np.array([problem.objective(choice) for choice in feasible_choices(problem)])
-    found = solve_policy_search(problem, episodes=320)
-    assert problem.feasible(found.choice)
-    assert all(len({int(found.choice[u]) for u in group}) == 1 for group in problem.ties)
-    assert found.objective == pytest.approx(problem.objective(found.choice))
-    assert -np.inf < found.bound <= losses.min() + 1e-12
-    assert found.objective <= np.quantile(losses, 0.02)
+    assert_good_on(QUADRATIC[index], solve_policy_search(QUADRATIC[index], episodes=320))
 
 
 def likeliest(policy: PolicySearch, problem: Problem) -> tuple[float, float]:

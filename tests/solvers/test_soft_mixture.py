@@ -13,7 +13,7 @@ from qcompiler.solvers.ilp import solve_ilp
 from qcompiler.solvers.measured import Measured
 from qcompiler.solvers.problem import InfeasibleProblem, Problem
 from qcompiler.solvers.soft_mixture import Mixture, solve_soft_mixture
-from tests.solvers.toys import ONE_OPTION, QUADRATIC, feasible_choices, layers, quadratic
+from tests.solvers.toys import ONE_OPTION, QUADRATIC, assert_good_on, feasible_choices, layers, quadratic
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -27,14 +27,7 @@ def test_additive_toys_within_two_percent(seed: int) -> None:
 
 @pytest.mark.parametrize("index", range(len(QUADRATIC)))
 def test_quadratic_toys(index: int) -> None:
-    problem = QUADRATIC[index]
-    losses = np.array([problem.objective(choice) for choice in feasible_choices(problem)])
-    found = solve_soft_mixture(problem)
-    assert problem.feasible(found.choice)
-    assert all(len({int(found.choice[u]) for u in group}) == 1 for group in problem.ties)
-    assert found.objective == pytest.approx(problem.objective(found.choice))
-    assert -np.inf < found.bound <= losses.min() + 1e-12
-    assert found.objective <= np.quantile(losses, 0.02)
+    assert_good_on(QUADRATIC[index], solve_soft_mixture(QUADRATIC[index]))
 
 
 def test_the_gradient_alone_finds_good_choices() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from scipy import sparse
 
-from qcompiler.solvers.problem import Choice, Problem
+from qcompiler.solvers.problem import Choice, Problem, Solution
 
 
 def layers(seed: int, units: int = 10, target: float = 3.87) -> Problem:
@@ -49,6 +50,16 @@ def feasible_choices(problem: Problem) -> list[Choice]:
         if all(len({options[u] for u in group}) == 1 for group in problem.ties) and problem.feasible(choice):
             found.append(choice)
     return found
+
+
+def assert_good_on(problem: Problem, found: Solution) -> None:
+    """A search's answer to a toy with terms between units: sound, and among the best fiftieth of all choices."""
+    losses = np.array([problem.objective(choice) for choice in feasible_choices(problem)])
+    assert problem.feasible(found.choice)
+    assert all(len({int(found.choice[u]) for u in group}) == 1 for group in problem.ties)
+    assert found.objective == pytest.approx(problem.objective(found.choice))
+    assert -np.inf < found.bound <= losses.min() + 1e-12
+    assert found.objective <= np.quantile(losses, 0.02)
 
 
 QUADRATIC = [
