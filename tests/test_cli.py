@@ -221,6 +221,15 @@ def test_pareto_prints_sizes_and_writes_a_page(work: Path, capsys: pytest.Captur
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
+def test_pareto_sees_first_whether_its_page_can_be_written(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["two.onnx", "--target", "onnx", "--pareto", "-o", str(work)]) == 2
+    assert run_command(["two.onnx", "--target", "onnx", "--pareto", "-o", "nowhere/sizes.html"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert all("choose another file with -o" in line for line in lines)
+    assert left_behind(work) == set()
+
+
 def test_explain_lists_what_is_kept(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "plain.toml").write_text(PIPELINE.replace("[[pass]]", '[[pass]]\nkeep = ["node"]', 1))
     assert run_command(compile_line("--explain")) == 0

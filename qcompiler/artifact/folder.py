@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +58,41 @@ def new_folder(out: Path) -> Generator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_file(path: Path) -> None:
+    """See, before long work, whether a file can be written; leaves nothing behind.
+
+    Raises:
+        OutputError: it is a folder, or its folder cannot be written.
+    """
+    with _beside(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "")
+
+
 def write_file(path: Path, text: str) -> None:
     """Write one file whole or not at all; an earlier one is replaced.
 
     Raises:
         OutputError: it cannot be written there.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with _beside(path) as part:
         part.write_text(text, "utf-8")
         part.replace(path)
+
+
+@contextmanager
+def _beside(path: Path) -> Generator[Path]:
+    """An empty file beside `path`, gone at the end; what the system refuses is an OutputError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.touch()
+        yield part
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
         raise OutputError(f"cannot write there ({reason})", str(path), "choose another file with -o") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _refuse_foreign(out: Path) -> None:

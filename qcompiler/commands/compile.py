@@ -63,12 +63,17 @@ def command(
     from qcompiler.api import compile as compile_model
     from qcompiler.progress import Terminal
 
+    page = output or Path(f"{model.stem}.pareto.html")
+    if pareto:
+        from qcompiler.artifact.folder import check_file
+
+        check_file(page)
     result = compile_model(
         model, target, budget or [], calib, pipeline, keep or [], output, seed, resume, activations, explain,
         Terminal(), preprocess, tokenizer, _PARETO_POINTS if pareto else 0,
     )  # fmt: skip
     if pareto:
-        _print_path(result, output or Path(f"{model.stem}.pareto.html"), model.stem)
+        _print_path(result, page, model.stem)
         explain = False
     if explain:
         _print_plan(result)
