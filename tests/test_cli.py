@@ -326,9 +326,12 @@ def test_interrupt_leaves_nothing_but_the_cache(work: Path, number: int, code: i
     )
     (work / "plain.toml").write_text(PIPELINE.replace("uniform", "allocate").replace('spec = "int4-sym-g32-fp16"', ""))
     environment = {**os.environ, "PYTHONPATH": str(work)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qcompiler.cli", *compile_line()], stderr=subprocess.PIPE, text=True, env=environment
-    )
+
+    def listen() -> None:  # a shell's background jobs, of which this may be one, are born deaf to SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = [sys.executable, "-m", "qcompiler.cli", *compile_line()]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listen)
     deadline = time.monotonic() + 60
     while not (work / "waiting").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
