@@ -2,7 +2,7 @@
 
 Each registry is a literal dict from name to "module:attribute", imported when used: nothing is registered
 by importing a module, and no import runs upward. Third parties add theirs through the entry-point groups
-`qcompiler.passes`, `qcompiler.formats`, `qcompiler.solvers` and `qcompiler.backends`.
+`qcompiler.passes`, `qcompiler.formats`, `qcompiler.solvers`, `qcompiler.variants` and `qcompiler.backends`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ PASSES: dict[str, str] = {
     "smooth": "qcompiler.passes.transform.smooth:Smooth",
     "scale-fold": "qcompiler.passes.transform.scale_fold:ScaleFold",
     "equalize": "qcompiler.passes.transform.equalize:Equalize",
+    "split-panels": "qcompiler.passes.transform.split_panels:SplitPanels",
+    "join-panels": "qcompiler.passes.transform.join_panels:JoinPanels",
     "allocate": "qcompiler.passes.plan.allocate:Allocate",
     "uniform": "qcompiler.passes.plan.uniform:Uniform",
     "nearest": "qcompiler.passes.round.nearest:Nearest",
@@ -40,17 +42,21 @@ SOLVERS: dict[str, str] = {
     "soft-mixture": "qcompiler.solvers.soft_mixture:solve_soft_mixture",
     "policy-search": "qcompiler.solvers.policy_search:solve_policy_search",
 }
+VARIANTS: dict[str, str] = {  # transforms that allocation may put on or off, site by site
+    "scaled": "qcompiler.passes.transform.scaled:Scaled",
+    "lowrank": "qcompiler.passes.transform.lowrank:LowRank",
+}
 BACKENDS: dict[str, str] = {
     "onnx": "qcompiler.backends.onnx.backend:OnnxBackend",
     "cpu": "qcompiler.backends.tvm.backend:CpuBackend",
 }
 
-_BUILT_IN = {"passes": PASSES, "formats": FORMATS, "solvers": SOLVERS, "backends": BACKENDS}
+_BUILT_IN = {"passes": PASSES, "formats": FORMATS, "solvers": SOLVERS, "variants": VARIANTS, "backends": BACKENDS}
 
 
 @cache
 def names(kind: str) -> dict[str, str]:
-    """All names of one kind ("passes", "formats", "solvers", "backends") with their "module:attribute"."""
+    """All names of one kind ("passes", "formats", "solvers", "variants", "backends") with their "module:attribute"."""
     found = dict(_BUILT_IN[kind])
     for entry in entry_points(group=f"qcompiler.{kind}"):
         found.setdefault(entry.name, entry.value)
