@@ -25,6 +25,7 @@ _BATCH_WORK = 1 << 26  # weights times samples of a batch
 _INPUT_WORK = 32  # an input element counts as so many weights
 _ENOUGH_ROWS = 512  # of the output; a language model has as many in one sample
 _LEAST_ROWS, _MOST_ELEMENTS = 128, 1 << 24  # fewer rows where there are many classes: they cost the most time
+_MOST_OUTPUT = 1 << 25  # elements of a batch's largest output: a few arrays of that size are alive at once
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ def choose_samples(
             small models); of texts longer than that the beginning.
         kinds: how to judge an output, where `loss.output_kind` should not decide.
     """
-    most = _largest_batch(data, sites)
-    used, length = (min(samples, data.count), None) if samples else _enough(chain, data, kinds, most)
+    rows, width = _one_sample(chain, data, kinds)
+    most = max(1, min(_largest_batch(data, sites), _MOST_OUTPUT // (rows * width)))
+    used, length = (min(samples, data.count), None) if samples else _enough(data, rows, width, most)
     return Samples(used, length, -(-used // -(-used // most)))  # batches of one size: each counts as much
 
 
@@ -76,13 +78,18 @@ def _largest_batch(data: Calibration, sites: Sequence[Site]) -> int:
     return int(np.clip(_BATCH_WORK // size, 16, _ENOUGH_ROWS))
 
 
-def _enough(chain: Segments, data: Calibration, kinds: Mapping[str, Kind] | None, most: int) -> tuple[int, int | None]:
-    """Samples that give enough rows of output, at most one batch; and rows if a single sample has too many."""
-    rows, wanted = 1, _ENOUGH_ROWS
+def _one_sample(chain: Segments, data: Calibration, kinds: Mapping[str, Kind] | None) -> tuple[int, int]:
+    """Rows that a sample gives, and the elements of the largest output for each."""
+    rows, width = 1, 1
     for feeds in data.batches(1, 1):
         outputs = chain.run(chain.start(feeds))
         rows = max(Reference(outputs, kinds, 1).rows, 1)
-        widest = max((a.size for a in outputs.values()), default=1) // rows
-        wanted = int(np.clip(_MOST_ELEMENTS // max(widest, 1), _LEAST_ROWS, _ENOUGH_ROWS))
+        width = max(1, max((a.size for a in outputs.values()), default=1) // rows)
+    return rows, width
+
+
+def _enough(data: Calibration, rows: int, width: int, most: int) -> tuple[int, int | None]:
+    """Samples that give enough rows of output, at most one batch; and rows if a single sample has too many."""
+    wanted = int(np.clip(_MOST_ELEMENTS // width, _LEAST_ROWS, _ENOUGH_ROWS))
     used = int(np.clip(-(-wanted // rows), 1, min(most, data.count)))
     return used, wanted if rows > wanted else None
