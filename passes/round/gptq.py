@@ -2,23 +2,28 @@
 
 Each site sees what the rounded part before it really yields, and is rounded towards what the float model would
 have made of its own input: a share `follow` of the error that has come down is corrected by the weights before
-they are rounded (all of it would fit the noise; half measured best).
+they are rounded (all of it would fit the noise; half measured best). Products that are added up (the panels of a
+matrix) make up for each other's errors: they are rounded as one matrix with a format for each part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from qcompiler.errors import PassRefused
 from qcompiler.formats import QTensor, QuantSpec
 from qcompiler.formats.base import Floats
 from qcompiler.formats.fit import Method, encode, fit, quantize
 from qcompiler.formats.scales import free_magnitude, magnitude, scaled
+from qcompiler.graph.panels import find_sums
 from qcompiler.graph.sites import Site
 from qcompiler.measure.segments import Segment
 from qcompiler.model import Model
@@ -29,6 +34,8 @@ from qcompiler.passes.round.streams import Streams, calibration_feeds
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.progress import Progress
 
+Array = npt.NDArray[Any]
+_Product = tuple[Site, ...]  # sites whose products are added up: their matrices side by side are one matrix
 _LEAST_ROWS = 1 << 12  # of all samples together, for a Gram matrix
 _ROWS_PER_COLUMN = 16
 
@@ -65,22 +72,26 @@ class GPTQ(Pass):
             raise PassRefused("GPTQ needs calibration data", where=model.name, fix="give data, or use 'nearest'")
 
     def run(self, model: Model, progress: Progress) -> PassReport:
-        """Fill `model.weights`; metrics hold the relative squared output error of each site, and of nearest."""
+        """Fill `model.weights`; metrics hold the relative squared output error of each site, and of nearest.
+
+        Sites whose products are added up share one output, and so one error.
+        """
         streams = Streams(model, calibration_feeds(model, self.samples, self.tokens))
         rng = np.random.default_rng(0)
         errors: dict[str, dict[str, float]] = {}
+        sums = [found.sites for found in find_sums(model.graph, streams.segments.sites)]
         for segment in progress.track(list(streams.segments), "Rounding"):
-            for sites in _by_input(segment, model):
-                if sites[0].activation is None:
-                    self._round_tables(model, streams, sites)
+            for products in _by_input(segment, model, sums):
+                if products[0][0].activation is None:
+                    self._round_tables(model, streams, products)
                 else:
-                    errors |= self._round_together(model, streams, segment, sites, rng)
+                    errors |= self._round_together(model, streams, segment, products, rng)
             streams.advance(segment)
         changed = len([n for n, p in model.plan.sites.items() if p.weight is not None and n in model.weights])
         return PassReport(self.registered_name(), changed, metrics={"relative_error": errors})
 
-    def _round_tables(self, model: Model, streams: Streams, sites: list[Site]) -> None:
-        for site in sites:
+    def _round_tables(self, model: Model, streams: Streams, tables: Sequence[_Product]) -> None:
+        for (site,) in tables:
             self._keep(model, streams, site, quantize(site.matrix(), _spec(model, site), self.clipping))
 
     def _keep(self, model: Model, streams: Streams, site: Site, tensor: QTensor) -> None:
@@ -89,87 +100,140 @@ class GPTQ(Pass):
             streams.replace(site, site.from_matrix(tensor.decode()))
 
     def _round_together(
-        self, model: Model, streams: Streams, segment: Segment, sites: list[Site], rng: np.random.Generator
+        self,
+        model: Model,
+        streams: Streams,
+        segment: Segment,
+        products: Sequence[_Product],
+        rng: np.random.Generator,
     ) -> dict[str, dict[str, float]]:
-        """Round sites that read the same value in the same way: they share Hessian and factor."""
-        with _overflow_refused(sites[0]):
-            gram, cross = self._grams(streams, segment, sites[0], rng)
+        """Round products that read the same values in the same way: they share Hessian and factor."""
+        with _overflow_refused(products[0]):
+            gram, cross = self._grams(streams, segment, products[0], rng)
             if not np.isfinite(gram).all() or (cross is not None and not np.isfinite(cross).all()):
                 raise FloatingPointError
-        factor = factorize(gram, self.damping, self.order)
+        factors: dict[tuple[int, ...], Factor] = {}
         errors: dict[str, dict[str, float]] = {}
-        for site in sites:
-            matrix, spec = site.matrix(), _spec(model, site)
-            with _overflow_refused(site):
-                unit = free_magnitude(matrix, spec)
+        for product in products:
+            specs = [_spec(model, site) for site in product]
+            finer = tuple(spec.bits - min(s.bits for s in specs) for spec in specs)
+            if finer not in factors:
+                factors[finer] = factorize(gram, self.damping, self.order, _noise(product, finer))
+            factor = factors[finer]
+            with _overflow_refused(product):
+                matrix = np.concatenate([site.matrix() for site in product], 1)
+                unit = free_magnitude(matrix, next((s for s in specs if s.scale_dtype == "float16"), specs[0]))
                 matrix = matrix / unit
                 target = matrix if cross is None else _followed(matrix, cross * np.float32(self.follow), factor)
-                tensor, errors[site.name] = self._round_site(target, spec, factor)
-            self._keep(model, streams, site, scaled(tensor, unit))
+                tensors, error = self._round_product(target, product, specs, factor)
+            for site, tensor in zip(product, tensors, strict=True):
+                errors[site.name] = error
+                self._keep(model, streams, site, scaled(tensor, unit))
         return errors
 
-    def _round_site(self, target: Floats, spec: QuantSpec, factor: Factor) -> tuple[QTensor, dict[str, float]]:
+    def _round_product(
+        self, target: Floats, product: _Product, specs: Sequence[QuantSpec], factor: Factor
+    ) -> tuple[list[QTensor], dict[str, float]]:
         """The better of GPTQ and nearest; their errors relative to the power of the output."""
         diagonal = np.einsum("bii->bi", factor.hessian)
         importance = np.repeat(diagonal, target.shape[0] // len(diagonal), 0)
-        scale, zero = fit(target, spec, self.clipping, importance)
-        nearest = encode(target, spec, scale, zero)
-        found = QTensor(spec, gptq_round(target, factor, spec, scale, zero), scale, zero)
-        found = refine(target, factor.hessian, found, self.sweeps)
+        nearest: list[QTensor] = []
+        for columns, spec in zip(_places(product), specs, strict=True):
+            part = np.ascontiguousarray(target[:, columns])
+            nearest.append(encode(part, spec, *fit(part, spec, self.clipping, importance[:, columns])))
+        found = refine(target, factor.hessian, gptq_round(target, factor, nearest), self.sweeps)
         power = float(hessian_loss(target, factor.hessian).sum()) or 1.0
-        losses = [float(hessian_loss(q.decode() - target, factor.hessian).sum()) / power for q in (found, nearest)]
+        losses = [float(hessian_loss(_decoded(q) - target, factor.hessian).sum()) / power for q in (found, nearest)]
         best = found if losses[0] <= losses[1] else nearest
         if not np.isfinite((power, *losses)).all():
             raise FloatingPointError
         return best, {"error": min(losses), "nearest": losses[1]}
 
     def _grams(
-        self, streams: Streams, segment: Segment, site: Site, rng: np.random.Generator
+        self, streams: Streams, segment: Segment, product: _Product, rng: np.random.Generator
     ) -> tuple[Floats, Floats | None]:
         """Mean of x x^T, and of (exact - x) x^T if the error is to be followed: [blocks, columns, columns].
 
         Both in units of the inputs' magnitude, which changes no code: squares of large inputs would overflow.
         """
         follow = self.sequential and self.follow > 0
-        limit = -(-max(_LEAST_ROWS, _ROWS_PER_COLUMN * site.columns) // len(streams.rounded))
-        gram = np.zeros((block_count(site), site.columns, site.columns), np.float32)
+        columns = sum(site.columns for site in product)
+        limit = -(-max(_LEAST_ROWS, _ROWS_PER_COLUMN * columns) // len(streams.rounded))
+        gram = np.zeros((block_count(product[0]), columns, columns), np.float32)
         cross: Floats | None = np.zeros_like(gram) if follow else None
         count, unit = 0, np.float32(0)
-        for rounded, exact in streams.inputs(segment, site):
+        for batch in zip(*(streams.inputs(segment, site) for site in product), strict=True):
+            rounded, exact = zip(*batch, strict=True)
             state = rng.bit_generator.state
-            x = input_rows(site, rounded if self.sequential else exact, limit, rng).transpose(1, 0, 2)
+            x = _rows(product, rounded if self.sequential else exact, limit, rng)
             unit = unit or magnitude(x)
             x = x / unit
             gram += x.transpose(0, 2, 1) @ x
             count += x.shape[1]
-            if cross is not None and exact is not rounded:
+            if cross is not None and any(y is not x for x, y in batch):
                 rng.bit_generator.state = state  # the same positions of both
-                y = input_rows(site, exact, limit, rng).transpose(1, 0, 2) / unit
+                y = _rows(product, exact, limit, rng) / unit
                 cross += (y - x).transpose(0, 2, 1) @ x
         mean = np.float32(1 / max(count, 1))
         return gram * mean, None if cross is None else np.asarray(cross * mean, np.float32)
 
 
-def _by_input(segment: Segment, model: Model) -> list[list[Site]]:
-    """The segment's planned sites; those that read one value in the same way are together."""
-    groups: dict[object, list[Site]] = {}
-    for site in segment.sites:
-        plan = model.plan.sites.get(site.name)
-        if plan is not None and plan.weight is not None:
-            like = (site.activation, site.layout) if site.op in ("MatMul", "Gemm") and block_count(site) == 1 else site
-            groups.setdefault(like if site.activation is not None else None, []).append(site)
+def _by_input(segment: Segment, model: Model, sums: Sequence[_Product]) -> list[list[_Product]]:
+    """The segment's planned sites, those that are added up as one; products of the same inputs are together."""
+    planned = [site for site in segment.sites if _planned(model, site)]
+    here = {site.node: site for site in planned}
+    products: dict[ir.Node, _Product] = {site.node: (site,) for site in planned}
+    for added in sums:
+        mine = tuple(here[site.node] for site in added if site.node in here)
+        products |= {site.node: mine for site in mine}
+    groups: dict[object, list[_Product]] = {}
+    for product in dict.fromkeys(products.values()):
+        first = product[0]
+        plain = first.op in ("MatMul", "Gemm") and block_count(first) == 1
+        like = (tuple(site.activation for site in product), first.layout) if plain else first
+        groups.setdefault(like if first.activation is not None else None, []).append(product)
     return list(groups.values())
 
 
+def _planned(model: Model, site: Site) -> bool:
+    plan = model.plan.sites.get(site.name)
+    return plan is not None and plan.weight is not None
+
+
+def _noise(product: _Product, finer: Sequence[int]) -> Floats:
+    """The power of the rounding error of each column, [columns], by how many bits finer it is than the coarsest."""
+    return np.repeat(np.exp2(-2.0 * np.asarray(finer)).astype(np.float32), [site.columns for site in product])
+
+
+def _places(product: _Product) -> list[slice]:
+    """Where each site's columns lie in the matrices side by side."""
+    ends = np.cumsum([0, *(site.columns for site in product)]).tolist()
+    return [slice(low, high) for low, high in pairwise(ends)]
+
+
+def _decoded(panels: Sequence[QTensor]) -> Floats:
+    return np.concatenate([panel.decode() for panel in panels], 1)
+
+
+def _rows(product: _Product, inputs: Sequence[Array], limit: int, rng: np.random.Generator) -> Floats:
+    """The inputs of all sites side by side, the same positions of all: float32 [blocks, rows, columns]."""
+    state = rng.bit_generator.state
+    parts: list[Floats] = []
+    for site, x in zip(product, inputs, strict=True):
+        rng.bit_generator.state = state
+        parts.append(input_rows(site, x, limit, rng).transpose(1, 0, 2))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, 2)
+
+
 @contextmanager
-def _overflow_refused(site: Site) -> Generator[None]:
+def _overflow_refused(product: _Product) -> Generator[None]:
     """Where numbers leave float32, say at which layer. What BLAS's threads let pass is seen in what comes out."""
     try:
         with np.errstate(over="raise", invalid="raise", divide="raise"):
             yield
     except FloatingPointError as error:
         what = "its weights, or its inputs on this data, are too large for float32 arithmetic"
-        raise PassRefused(what, site.name, "repair the weights or the data, or keep it float: --keep") from error
+        raise PassRefused(what, product[0].name, "repair the weights or the data, or keep it float: --keep") from error
 
 
 def _spec(model: Model, site: Site) -> QuantSpec:

@@ -8,14 +8,15 @@ matrix [rows, columns] is seen as [blocks, rows / blocks, columns], each block w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import get_lapack_funcs
 
-from qcompiler.formats import QuantSpec, spread
+from qcompiler.formats import QTensor, spread
 from qcompiler.formats.base import Floats
 
 Order = Literal["diagonal", "natural"]
@@ -41,13 +42,18 @@ class Factor:
     damping: float
 
 
-def factorize(gram: npt.NDArray[Any], damping: float = 0.01, order: Order = "diagonal") -> Factor:
+def factorize(
+    gram: npt.NDArray[Any], damping: float = 0.01, order: Order = "diagonal", noise: npt.ArrayLike = 1.0
+) -> Factor:
     """Damp a Gram matrix of inputs, choose an order, and factorize its inverse.
 
     Args:
         gram: sum or mean of x x^T, [columns, columns] or [blocks, columns, columns].
         damping: share of the mean diagonal that is added to it; ten times as much after a failure.
         order: "diagonal" rounds the columns of the largest inputs first.
+        noise: the power that rounding a column has, relative to other columns: a number, or [columns] for columns
+            of several formats. Those of the largest inputs times noise go first, so that the fine ones make up for
+            the coarse ones and not the other way round.
 
     Raises:
         ValueError: the Gram matrix is not finite.
@@ -59,7 +65,7 @@ def factorize(gram: npt.NDArray[Any], damping: float = 0.01, order: Order = "dia
     diagonal = np.einsum("bii->bi", hessian)  # a view: writing to it writes to the Hessian
     mean = diagonal.mean(1, keepdims=True)
     diagonal += np.where(diagonal <= 0, np.where(mean > 0, mean, 1), 0)  # dead columns: any value does
-    keys = -diagonal if order == "diagonal" else np.zeros_like(diagonal)
+    keys = -diagonal * np.asarray(noise, np.float64) if order == "diagonal" else np.zeros_like(diagonal)
     places = np.argsort(keys, axis=1, kind="stable")
     mean = diagonal.mean(1, keepdims=True)
     for attempt in range(_RETRIES):
@@ -88,50 +94,69 @@ def _inverse_factor(hessian: npt.NDArray[np.float64]) -> Floats | None:
     return inverse.astype(np.float32) if np.isfinite(inverse).all() else None
 
 
-def gptq_round(matrix: Floats, factor: Factor, spec: QuantSpec, scale: Floats, zero: Floats | None) -> npt.NDArray[Any]:
-    """Codes [rows, columns] for given scales and zero points [scale rows, groups].
+def gptq_round(matrix: Floats, factor: Factor, grids: Sequence[QTensor]) -> list[QTensor]:
+    """Codes for given scales and zero points.
 
     Minimises tr((W - Q) H (W - Q)^T) greedily. Rows do not depend on each other.
+
+    Args:
+        matrix: float32 [rows, columns].
+        factor: of its Hessian.
+        grids: spec, scale and zero of its panels: one for all columns, or several that lie side by side (then there is
+            one block). The codes in them are not looked at.
+
+    Returns:
+        The panels with new codes.
     """
     blocks, columns = factor.order.shape
     shape = (blocks, matrix.shape[0] // blocks, columns)
     places = factor.order.T[:, :, None]
 
-    def ordered(values: Floats) -> Floats:  # [rows, columns] -> [columns, blocks, rows / blocks]
-        wide = np.broadcast_to(values, matrix.shape).reshape(shape).transpose(2, 0, 1)
+    def ordered(values: Sequence[Floats]) -> Floats:  # panels of [rows, columns] -> [columns, blocks, rows / blocks]
+        wide = np.concatenate([np.broadcast_to(v, g.shape) for v, g in zip(values, grids, strict=True)], 1)
+        wide = wide.reshape(shape).transpose(2, 0, 1)
         return np.take_along_axis(wide, np.broadcast_to(places, wide.shape), 0)
 
-    work = ordered(np.asarray(matrix, np.float32))
-    scales = ordered(spread(scale, spec, columns))
-    zeros = None if zero is None else ordered(spread(zero, spec, columns))
-    codes = np.empty(work.shape, spec.format.encode(work[:0], scales[:0], None).dtype)
+    widths = [grid.shape[1] for grid in grids]
+    work = ordered(np.split(np.asarray(matrix, np.float32), np.cumsum(widths)[:-1], 1))
+    grid = _Grid(
+        [grids[i] for i in np.repeat(np.arange(len(grids)), widths)[factor.order[0]]],
+        ordered([spread(g.scale, g.spec, w) for g, w in zip(grids, widths, strict=True)]),
+        ordered([np.zeros((1, 1), np.float32) if g.zero is None else spread(g.zero, g.spec, w)
+                 for g, w in zip(grids, widths, strict=True)]),
+    )  # fmt: skip
+    codes = np.empty(work.shape, np.result_type(*(g.codes.dtype for g in grids)))
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
-        errors = _round_block(work, factor.upper, codes, scales, zeros, spec, slice(first, last))
+        errors = _round_block(work, factor.upper, codes, grid, slice(first, last))
         if last < columns:
             later = factor.upper[:, first:last, last:].transpose(0, 2, 1) @ errors.transpose(1, 0, 2)
             work[last:] -= later.transpose(1, 0, 2)
     back = np.empty_like(codes)
     np.put_along_axis(back, np.broadcast_to(places, codes.shape), codes, 0)
-    return np.ascontiguousarray(back.transpose(1, 2, 0).reshape(matrix.shape))
+    panels = np.split(back.transpose(1, 2, 0).reshape(matrix.shape), np.cumsum(widths)[:-1], 1)
+    return [
+        replace(g, codes=np.ascontiguousarray(panel, g.codes.dtype)) for g, panel in zip(grids, panels, strict=True)
+    ]
 
 
-def _round_block(
-    work: Floats,
-    upper: Floats,
-    codes: npt.NDArray[Any],
-    scales: Floats,
-    zeros: Floats | None,
-    spec: QuantSpec,
-    block: slice,
-) -> Floats:
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """What the columns are rounded to, in the order in which they are: the panel, scales and zeros of each."""
+
+    panels: list[QTensor]
+    scales: Floats
+    zeros: Floats
+
+
+def _round_block(work: Floats, upper: Floats, codes: npt.NDArray[Any], grid: _Grid, block: slice) -> Floats:
     """Round the columns of a block in turn; returns their errors / U_ii, [block, blocks, rows / blocks]."""
     errors = np.empty_like(work[block])
-    fmt = spec.format
     for i in range(block.start, block.stop):
-        zero = None if zeros is None else zeros[i]
-        codes[i] = fmt.encode(work[i], scales[i], zero)
-        error = (work[i] - fmt.decode(codes[i], scales[i], zero)) / upper[:, i, i, None]
+        panel, scale = grid.panels[i], grid.scales[i]
+        zero = None if panel.zero is None else grid.zeros[i]
+        codes[i] = panel.spec.format.encode(work[i], scale, zero)
+        error = (work[i] - panel.spec.format.decode(codes[i], scale, zero)) / upper[:, i, i, None]
         errors[i - block.start] = error
         work[i + 1 : block.stop] -= upper[:, i, i + 1 : block.stop].T[:, :, None] * error
     return errors

@@ -2,12 +2,14 @@
 
 GPTQ never looks back: a column that was rounded early stays as it is. Cyclic coordinate descent over the codes
 (Behdin et al., "QuantEase", 2023) and exact line searches over the scales of the groups take it from there. No
-step raises the loss, so any number of sweeps is safe. Shapes as in `gptq_core`.
+step raises the loss, so any number of sweeps is safe. Shapes as in `gptq_core`; panels take turns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,35 +20,44 @@ _BLOCK = 64
 _WIDE = 128
 
 
-def refine(matrix: Floats, hessian: Floats, start: QTensor, sweeps: int) -> QTensor:
+def refine(matrix: Floats, hessian: Floats, start: Sequence[QTensor], sweeps: int) -> list[QTensor]:
     """Better codes and scales for a matrix.
 
     Args:
         matrix: float32 [rows, columns].
         hessian: float32 [blocks, columns, columns], damped.
-        start: codes to begin with.
+        start: codes to begin with: of all columns, or of panels of columns side by side.
         sweeps: passes over all codes and all scales.
     """
-    result = start
-    for _ in range(sweeps):
-        result = refine_scales(matrix, hessian, refine_codes(matrix, hessian, result))
-    return result
+    found = list(start)
+    ends = np.cumsum([0, *(panel.shape[1] for panel in start)])
+    for step in (refine_codes, refine_scales) * sweeps:
+        for place, (low, high) in enumerate(pairwise(ends.tolist())):
+            error = matrix - np.concatenate([panel.decode() for panel in found], 1)
+            pull = _product(error, hessian[:, :, low:high])
+            found[place] = step(found[place], hessian[:, low:high, low:high], pull)
+    return found
 
 
-def refine_codes(matrix: Floats, hessian: Floats, start: QTensor) -> QTensor:
-    """One sweep over the codes: each becomes the best one, all others given."""
-    spec, columns = start.spec, matrix.shape[1]
+def refine_codes(start: QTensor, hessian: Floats, pull: Floats) -> QTensor:
+    """One sweep over the codes: each becomes the best one, all others given.
+
+    Args:
+        start: codes of all columns or of a panel.
+        hessian: float32 [blocks, columns, columns], of these columns.
+        pull: float32 [rows, columns], half the negative gradient: (matrix - decoded) H, with the errors of all panels.
+    """
+    spec, (rows, columns) = start.spec, start.shape
     blocks = hessian.shape[0]
-    shape = (blocks, matrix.shape[0] // blocks, columns)
+    shape = (blocks, rows // blocks, columns)
     diagonal = np.einsum("bii->bi", hessian)
-    current = start.decode().reshape(shape)
-    pull = ((matrix.reshape(shape) - current) @ hessian).transpose(2, 0, 1).copy()  # -gradient / 2
-    value = current.transpose(2, 0, 1).copy()
+    pull = pull.reshape(shape).transpose(2, 0, 1).copy()
+    value = start.decode().reshape(shape).transpose(2, 0, 1).copy()
     codes = start.codes.reshape(shape).transpose(2, 0, 1).copy()
-    scales = np.broadcast_to(spread(start.scale, spec, columns), matrix.shape).reshape(shape).transpose(2, 0, 1)
+    scales = np.broadcast_to(spread(start.scale, spec, columns), start.shape).reshape(shape).transpose(2, 0, 1)
     zeros = None
     if start.zero is not None:
-        zeros = np.broadcast_to(spread(start.zero, spec, columns), matrix.shape).reshape(shape).transpose(2, 0, 1)
+        zeros = np.broadcast_to(spread(start.zero, spec, columns), start.shape).reshape(shape).transpose(2, 0, 1)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
         change = np.empty((last - first, *shape[:2]), np.float32)
@@ -57,19 +68,19 @@ def refine_codes(matrix: Floats, hessian: Floats, start: QTensor) -> QTensor:
             pull[i + 1 : last] -= hessian[:, i, i + 1 : last].T[:, :, None] * change[i - first]
         rest = hessian[:, first:last, last:].transpose(0, 2, 1) @ change.transpose(1, 0, 2)
         pull[last:] -= rest.transpose(1, 0, 2)
-    return replace(start, codes=np.ascontiguousarray(codes.transpose(1, 2, 0).reshape(matrix.shape)))
+    return replace(start, codes=np.ascontiguousarray(codes.transpose(1, 2, 0).reshape(start.shape)))
 
 
-def refine_scales(matrix: Floats, hessian: Floats, start: QTensor) -> QTensor:
-    """One sweep over the groups: each scale becomes the best one, codes and other scales given."""
+def refine_scales(start: QTensor, hessian: Floats, pull: Floats) -> QTensor:
+    """One sweep over the groups: each scale becomes the best one, codes and other scales given; see `refine_codes`."""
     if isinstance(start.spec.granularity, PerTensor):
         return start  # one scale for all rows: the fit has found it
-    spec, columns = start.spec, matrix.shape[1]
+    spec, (rows, columns) = start.spec, start.shape
     blocks, size = hessian.shape[0], start.spec.granularity.group_size(columns)
-    shape = (blocks, matrix.shape[0] // blocks, columns)
+    shape = (blocks, rows // blocks, columns)
     units = _units(start).reshape(shape)
     scale = start.scale.copy().reshape(blocks, shape[1], -1)
-    pull = (matrix.reshape(shape) - start.decode().reshape(shape)) @ hessian
+    pull = pull.reshape(shape).copy()
     together = max(1, _WIDE // size) * size  # columns between two updates of all later columns
     for first in range(0, columns, together):
         last = min(first + together, columns)
@@ -86,6 +97,12 @@ def refine_scales(matrix: Floats, hessian: Floats, start: QTensor) -> QTensor:
             pull[..., part.stop : last] -= moved @ hessian[:, part, part.stop : last]
         pull[..., last:] -= change @ hessian[:, first:last, last:]
     return replace(start, scale=scale.reshape(start.scale.shape))
+
+
+def _product(error: Floats, hessian: Floats) -> Floats:
+    """[rows, columns] times the Hessian of each row's block."""
+    blocks = error.reshape(len(hessian), -1, error.shape[1]) @ hessian
+    return blocks.reshape(len(error), -1)
 
 
 def _step(old: Floats, slope: Floats, bend: Floats, dtype: str) -> Floats:

@@ -38,15 +38,24 @@ def naive(w: np.ndarray, hessian: np.ndarray, q: QTensor, order: np.ndarray) -> 
     return back
 
 
+def nearest(w: np.ndarray, name: str) -> QTensor:
+    spec = parse_spec(name)
+    return encode(w, spec, *fit(w, spec))
+
+
+def panel_loss(panels: list[QTensor], w: np.ndarray, hessian: np.ndarray) -> float:
+    error = np.concatenate([p.decode() for p in panels], 1) - w
+    return float(hessian_loss(error, hessian).sum())
+
+
 @pytest.mark.parametrize("order", ["diagonal", "natural"])
 def test_agrees_with_the_naive_loop(order: str) -> None:
     w, gram = problem()
-    spec = parse_spec("uint4-asym-g32-fp16")
-    scale, zero = fit(w, spec)
+    start = nearest(w, "uint4-asym-g32-fp16")
     factor = factorize(gram, 0.01, order)  # type: ignore[arg-type]
-    codes = gptq_round(w, factor, spec, scale, zero)
-    expected = naive(w, factor.hessian[0], encode(w, spec, scale, zero), factor.order[0])
-    assert (codes != expected).mean() < 0.01  # float32 may fall on the other side of a tie, and what follows
+    (found,) = gptq_round(w, factor, [start])
+    expected = naive(w, factor.hessian[0], start, factor.order[0])
+    assert (found.codes != expected).mean() < 0.01  # float32 may fall on the other side of a tie, and what follows
 
 
 @pytest.mark.parametrize(
@@ -54,59 +63,80 @@ def test_agrees_with_the_naive_loop(order: str) -> None:
 )
 def test_every_step_lowers_the_loss(name: str) -> None:
     w, gram = problem()
-    spec, factor = parse_spec(name), factorize(gram)
-    scale, zero = fit(w, spec)
-    nearest = encode(w, spec, scale, zero)
-    rounded = QTensor(spec, gptq_round(w, factor, spec, scale, zero), scale, zero)
-    losses = [loss(nearest, w, factor.hessian), loss(rounded, w, factor.hessian)]
+    factor = factorize(gram)
+    start = nearest(w, name)
+    (rounded,) = gptq_round(w, factor, [start])
+    losses = [loss(start, w, factor.hessian), loss(rounded, w, factor.hessian)]
     assert losses[1] < 0.8 * losses[0]
     current = rounded
     for step in (refine_codes, refine_scales, refine_codes, refine_scales):
-        current = step(w, factor.hessian, current)
+        current = step(current, factor.hessian, (w - current.decode()) @ factor.hessian[0])
         losses.append(loss(current, w, factor.hessian))
         assert losses[-1] <= losses[-2] * (1 + 1e-5)
     assert losses[-1] < 0.95 * losses[1]
-    assert loss(refine(w, factor.hessian, rounded, 2), w, factor.hessian) == pytest.approx(losses[-1])
+    (refined,) = refine(w, factor.hessian, [rounded], 2)
+    assert loss(refined, w, factor.hessian) == pytest.approx(losses[-1])
+
+
+def test_panels_of_one_format_are_rounded_as_the_whole_matrix() -> None:
+    w, gram = problem()
+    factor = factorize(gram)
+    (whole,) = gptq_round(w, factor, [nearest(w, "uint4-asym-g32-fp16")])
+    panels = gptq_round(w, factor, [nearest(part, "uint4-asym-g32-fp16") for part in (w[:, :64], w[:, 64:])])
+    np.testing.assert_array_equal(np.concatenate([p.codes for p in panels], 1), whole.codes)
+    losses = [panel_loss(refine(w, factor.hessian, parts, 2), w, factor.hessian) for parts in ([whole], panels)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_panels_of_two_formats_make_up_for_each_other() -> None:
+    w, gram = problem()
+    places, names = (slice(0, 32), slice(32, 100)), ("uint4-asym-g32-fp16", "int2-sym-g32-fp16")
+    starts = [nearest(w[:, place], name) for place, name in zip(places, names, strict=True)]
+    plain, factor = factorize(gram), factorize(gram, noise=np.repeat([4.0**-4, 4.0**-2], [32, 68]))
+    together = gptq_round(w, factor, starts)
+    assert [str(p.spec) for p in together] == list(names)
+    alone: list[QTensor] = []
+    for place, start in zip(places, starts, strict=True):
+        own = factorize(gram[place, place])
+        alone += refine(w[:, place], own.hessian, gptq_round(w[:, place], own, [start]), 2)
+    refined = refine(w, factor.hessian, together, 2)
+    losses = [panel_loss(parts, w, factor.hessian) for parts in (starts, alone, refined)]
+    assert losses[2] < 0.5 * losses[1] < 0.25 * losses[0]
+    assert panel_loss(together, w, factor.hessian) < 0.7 * panel_loss(gptq_round(w, plain, starts), w, factor.hessian)
 
 
 def test_white_inputs_give_nearest() -> None:
     w, _ = problem()
-    spec = parse_spec("uint4-asym-g32-fp16")
-    scale, zero = fit(w, spec)
-    codes = gptq_round(w, factorize(3 * np.eye(100)), spec, scale, zero)
-    np.testing.assert_array_equal(codes, encode(w, spec, scale, zero).codes)
+    start = nearest(w, "uint4-asym-g32-fp16")
+    (found,) = gptq_round(w, factorize(3 * np.eye(100)), [start])
+    np.testing.assert_array_equal(found.codes, start.codes)
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
     w, gram = problem()
-    spec, factor = parse_spec("uint4-asym-g32-fp16"), factorize(gram)
-    scale, zero = fit(w, spec)
-    assert zero is not None
+    factor = factorize(gram)
     turn = np.random.default_rng(1).permutation(len(w))
-    codes = gptq_round(w, factor, spec, scale, zero)
-    turned = gptq_round(w[turn], factor, spec, scale[turn], zero[turn])
-    assert (turned != codes[turn]).mean() < 0.01
+    (found,) = gptq_round(w, factor, [nearest(w, "uint4-asym-g32-fp16")])
+    (turned,) = gptq_round(w[turn], factor, [nearest(w[turn], "uint4-asym-g32-fp16")])
+    assert (turned.codes != found.codes[turn]).mean() < 0.01
 
 
 def test_blocks_are_separate_problems() -> None:
     parts = [problem(3, 9, seed) for seed in range(5)]
     w = np.concatenate([p[0] for p in parts])
     grams = np.stack([p[1] for p in parts])
-    spec = parse_spec("int4-sym-channel-fp32")
-    scale, _ = fit(w, spec)
-    together = gptq_round(w, factorize(grams), spec, scale, None)
-    for i, gram in enumerate(grams):
-        rows = slice(3 * i, 3 * i + 3)
-        np.testing.assert_array_equal(together[rows], gptq_round(w[rows], factorize(gram), spec, scale[rows], None))
+    (together,) = gptq_round(w, factorize(grams), [nearest(w, "int4-sym-channel-fp32")])
+    for i, (part, gram) in enumerate(parts):
+        (own,) = gptq_round(part, factorize(gram), [nearest(part, "int4-sym-channel-fp32")])
+        np.testing.assert_array_equal(together.codes[3 * i : 3 * i + 3], own.codes)
 
 
 def test_dead_columns_and_singular_grams_are_safe() -> None:
     w, gram = problem()
     gram[7] = gram[:, 7] = 0
-    spec = parse_spec("uint4-asym-g32-fp16")
-    scale, zero = fit(w, spec)
-    codes = gptq_round(w, factorize(gram), spec, scale, zero)
-    np.testing.assert_array_equal(codes[:, 7], encode(w, spec, scale, zero).codes[:, 7])
+    start = nearest(w, "uint4-asym-g32-fp16")
+    (found,) = gptq_round(w, factorize(gram), [start])
+    np.testing.assert_array_equal(found.codes[:, 7], start.codes[:, 7])
     for singular in (np.zeros((100, 100)), np.ones((100, 100))):
         assert np.isfinite(factorize(singular).upper).all()
 
