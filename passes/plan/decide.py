@@ -94,9 +94,14 @@ def reranked(truth: TrueLoss, margin: float, answers: Sequence[Solution]) -> tup
     """
     predicted = [answer.objective for answer in answers]
     result = rerank(truth, [answer.choice for answer in answers], predicted, margin)
+    differences = [truth.difference(answers[0].choice, answer.choice) for answer in answers]
     facts = {
+        "methods": [answer.method for answer in answers],
         "predicted": predicted,
         "true": [float(v) for v in result.true],
+        "gains": [gain for gain, _ in differences],
+        "errors": [error for _, error in differences],
+        "margin": margin,
         "taken": result.index,
         "gain": result.gain,
         "noise": result.noise,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -87,7 +89,7 @@ def _print_path(result: CompileResult, page: Path, name: str) -> None:
     from qcompiler.artifact.folder import write_file
     from qcompiler.report.html import render_path
 
-    points = result.plan.solution.get("pareto", [])
+    points = _distinct(result.plan.solution.get("pareto", []))
     rows = [
         [
             f"{p['bits']:.3f}",
@@ -100,6 +102,12 @@ def _print_path(result: CompileResult, page: Path, name: str) -> None:
     print_table(["bits per weight", "stored", "predicted loss", "bound", "gap"], rows, left=0)
     write_file(page, render_path(name, result.target, points))
     print_facts([("plot", str(page))])
+
+
+def _distinct(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The best answer of each size that is used: many of the sizes that were solved for have the same one."""
+    same = (list(group) for _, group in groupby(points, lambda point: point["bits"]))
+    return [min(group, key=lambda point: point["loss"]) for group in same]
 
 
 def _print_plan(result: CompileResult) -> None:

@@ -7,26 +7,30 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from qcompiler.report import plots
+from qcompiler.report import allocation_plots, plots
+
+_LATER: dict[str, Any] = {"decision": None, "latencies": []}
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page for the data that `report.json.collect` puts together."""
+    """The page for the data that `report.json.collect` puts together; that of earlier versions may lack `_LATER`."""
     from markupsafe import Markup
 
+    plain = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    data = {**_LATER, **data}
     layers = data["layers"]
     charts = {
         "bits": plots.bits_per_layer(layers),
-        "heatmap": plots.sensitivity_heatmap(data["sensitivity"]),
+        "sensitivity": allocation_plots.sensitivity(data["sensitivity"]),
         "scatter": plots.predicted_realised(layers, _judged_by(data["figures"]["held_back"])),
         "curve": plots.size_curve(data["curve"]),
         "parts": plots.byte_parts(data["parts"]),
         "treemap": plots.byte_treemap(layers),
         "ranges": plots.activation_ranges(data["ranges"]),
     }
-    plain = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    times = [(entry, Markup(allocation_plots.latency_bars(entry))) for entry in data["latencies"]]
     pictures = {name: Markup(svg) for name, svg in charts.items()}
-    return _filled("page.jinja", **data, charts=pictures, plain=Markup(plain))
+    return _filled("page.jinja", **data, charts=pictures, times=times, plain=Markup(plain))
 
 
 def render_path(name: str, target: str, points: Sequence[Mapping[str, Any]]) -> str:
@@ -47,7 +51,7 @@ def _filled(template: str, **values: Any) -> str:
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(size=plots.size, brief=brief, percent=percent, color=plots.bits_color)
+    environment.filters.update(size=plots.size, brief=brief, percent=percent, color=plots.bits_color, ms=milliseconds)
     folder = resources.files(__package__ or "")
     page = environment.from_string((folder / template).read_text("utf-8"))
     return page.render(**values, style=Markup((folder / "style.css").read_text("utf-8")))
@@ -62,6 +66,11 @@ def brief(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def percent(value: float | None) -> str:
-    """A share as a percentage with one decimal; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.1f} %"
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in ms, with four digits."""
+    return f"{seconds * 1e3:.4g} ms"

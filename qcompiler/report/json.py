@@ -14,6 +14,7 @@ from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
 from qcompiler.pipeline import PassReport
 from qcompiler.plan import SitePlan
+from qcompiler.report.decision import decision, latencies
 
 
 def collect(
@@ -47,6 +48,8 @@ def collect(
         "parts": _parts(sites, model, rows),
         "ranges": _ranges(model, seen),
         "curve": _curve(model.plan.solution),
+        "decision": decision(reports, model.plan.solution),
+        "latencies": latencies(reports),
         "passes": [_pass(report) for report in reports],
         "tolerance": manifest["tolerance"],
         "verification": manifest["verification"],
@@ -92,19 +95,23 @@ def _layer(
 
 
 def _sensitivity(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Loss [layer][width]: the best option of each width."""
+    """Loss and its standard error [layer][width], of the best option of each width."""
     widths = sorted({option["width"] for row in rows for option in row["options"]})
     if not widths:
         return None
-    loss = [
-        [
-            min((o["loss"] for o in row["options"] if o["width"] == w and o["loss"] is not None), default=None)
-            for w in widths
-        ]
-        for row in rows
-    ]
-    chosen = [widths.index(row["width"]) for row in rows]
-    return {"layers": [row["site"] for row in rows], "widths": widths, "loss": loss, "chosen": chosen}
+    best = [[_best([o for o in row["options"] if o["width"] == w]) for w in widths] for row in rows]
+    return {
+        "layers": [row["site"] for row in rows],
+        "widths": widths,
+        "loss": [[option.get("loss") for option in row] for row in best],
+        "noise": [[option.get("noise") for option in row] for row in best],
+        "chosen": [widths.index(row["width"]) for row in rows],
+    }
+
+
+def _best(options: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The option that loses least; nothing where there is none."""
+    return min((o for o in options if o["loss"] is not None), key=lambda o: o["loss"], default={})
 
 
 def _parts(sites: Sequence[Site], model: Model, rows: Mapping[str, Row]) -> list[dict[str, Any]]:
@@ -140,10 +147,19 @@ def _ranges(model: Model, seen: Mapping[str, Sequence[float]]) -> list[dict[str,
 
 
 def _curve(solution: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not solution.get("curve"):
+    """The path that was solved for, with its bounds, if there is one; else the one that costs nothing."""
+    solved = solution.get("pareto")
+    if not solved and not solution.get("curve"):
         return None
-    chosen = solution.get("chosen", [None, None])
-    return {"points": solution["curve"], "chosen": chosen, "lower_bound": solution.get("lower_bound")}
+    chosen, bound = solution.get("chosen", [None, None]), solution.get("lower_bound")
+    if not solved:
+        return {"points": solution["curve"], "bounds": [], "chosen": chosen, "lower_bound": bound}
+    return {
+        "points": [[p["bits"], p["loss"]] for p in solved],
+        "bounds": [[p["bits"], p["bound"]] for p in solved if p["bound"] is not None],
+        "chosen": chosen,
+        "lower_bound": bound,
+    }
 
 
 def _pass(report: PassReport) -> dict[str, Any]:

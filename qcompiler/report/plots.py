@@ -57,40 +57,6 @@ def bits_per_layer(layers: Sequence[Layer]) -> str:
     return d.render("Bits per layer in graph order")
 
 
-def sensitivity_heatmap(sensitivity: Mapping[str, Any] | None) -> str:
-    """Loss when one layer alone is quantized: columns are layers, rows widths; the chosen cell is outlined."""
-    if not sensitivity or not sensitivity["layers"]:
-        return ""
-    widths: list[Any] = list(sensitivity["widths"])
-    rows: list[list[float | None]] = sensitivity["loss"]
-    values = [v for row in rows for v in row if v is not None and v > 0]
-    if not values:
-        return ""
-    d = Drawing(height=64 + 26 * len(widths), bottom=40)
-    low, high = max(min(values), max(values) * 1e-8), max(values)
-    shade = logarithmic(low, high * 1.0000001, 0.04, 1.0)
-    step_x, step_y = (d.x1 - d.x0) / len(rows), (d.y0 - d.y1) / len(widths)
-    outlines: list[tuple[float, float]] = []
-    for column, (name, row) in enumerate(zip(sensitivity["layers"], rows, strict=True)):
-        for index, loss in enumerate(row):
-            x, y = d.x0 + column * step_x, d.y0 - (index + 1) * step_y
-            if loss is None:
-                continue
-            tip = f"{name}\n{widths[index]} bits: loss {loss:.3g}"
-            fill = f"fill:var(--heat);fill-opacity:{shade(max(loss, low)):.3f}"
-            d.rect(x, y, step_x + 0.15, step_y - 1, fill, tip)
-            if sensitivity["chosen"][column] == index:
-                outlines.append((x, y))
-    for x, y in outlines:
-        d.rect(x + 0.6, y + 0.6, step_x - 1.2, step_y - 2.2, "fill:none;stroke:var(--ink);stroke-width:1.3")
-    for index, width in enumerate(widths):
-        d.text(d.x0 - 7, d.y0 - (index + 0.5) * step_y + 3.5, f"{width}", "end")
-    d.text(13, (d.y0 + d.y1) / 2, "bits", css="axis", turn=-90)
-    note = f"layers in graph order; loss from {low:.0e} (pale) to {high:.0e} (full), by its logarithm; outlined: chosen"
-    d.text((d.x0 + d.x1) / 2, d.height - 8, note, css="axis")
-    return d.render("Sensitivity of each layer at each width")
-
-
 def predicted_realised(layers: Sequence[Layer], data: str) -> str:
     """Per layer, loss predicted at allocation against loss of the final codes on `data`, as the axis calls it."""
     points = [

@@ -107,6 +107,12 @@ def test_a_pipeline_without_allocation_or_ranges_has_no_such_charts() -> None:
         assert title not in page
 
 
+def test_a_page_of_an_earlier_version_has_no_decision_and_no_times() -> None:
+    page = render(data())
+    assert "How the decision was made" not in page
+    assert "Time on this machine" not in page
+
+
 def test_bars_have_the_height_of_their_bits() -> None:
     chart = ElementTree.fromstring(plots.bits_per_layer(data()["layers"][:3]))
     heights = [float(r.get("height", 0)) for r in chart.iter("rect")]
