@@ -124,7 +124,10 @@ class Measured:
                 break
             if any(np.array_equal(solution.choice, other.choice) for *_, other in tried):
                 break
-        over, _, ledger, solution = min(tried, key=lambda item: item[:2])
+        taken = min(range(len(tried)), key=lambda number: tried[number][:2])
+        over, _, ledger, solution = tried[taken]
+        for budget in self.timed:
+            self.facts[budget.resource]["taken"] = taken
         self._judge(over)
         return ledger, solution
 
@@ -192,7 +195,7 @@ class Measured:
             parts = _sum(priced.costs, solution.choice)
             whole = self.seconds(ledger, [solution.choice], budget)[0]
             predicted = priced.fixed + parts
-            row = {"predicted": predicted, "measured": whole, "error": predicted / whole - 1}
+            row = {"predicted": predicted, "fixed": priced.fixed, "measured": whole, "error": predicted / whole - 1}
             self.facts[budget.resource]["tries"].append(row)
             ledger = ledger.with_prices({budget.resource: Priced(priced.costs, max(0.0, whole - parts))})
             over = max(over, whole / float(budget.amount) - 1)
