@@ -40,20 +40,48 @@ def add_to_bias(graph: ir.Graph, site: Site, shift: Floats) -> None:
 
 
 def _bias_of(node: ir.Node, rows: int) -> tuple[ir.Node, int] | None:
-    """Where the constant bias of an operation is: its third input, or the Add that alone reads a MatMul."""
-    place = node, 2
-    if node.op_type == "MatMul":
-        uses = tuple(node.outputs[0].uses())
-        if len(uses) != 1 or node.outputs[0].is_graph_output() or uses[0][0].op_type != "Add" or uses[0][0].domain:
-            return None
-        place = uses[0][0], 1 - uses[0][1]
-    user, index = place
-    value = user.inputs[index] if index < len(user.inputs) else None
+    """Where the constant bias of an operation is: its third input, or an addition to the sum that it is a term of."""
+    own = _own_bias(node)
+    if own is not None or node.op_type not in ("MatMul", "Gemm"):
+        return own
+    return _added_to(node.outputs[0], rows)
+
+
+def _own_bias(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """The third input of a Gemm or a convolution, if it is a constant."""
+    value = node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
     constant = None if value is None else ir.convenience.get_const_tensor(value)
-    if constant is None or not _factor(user):
+    return None if constant is None or not _factor(node) else (node, 2)
+
+
+def _added_to(value: ir.Value, rows: int) -> tuple[ir.Node, int] | None:
+    """A constant vector [rows] that is added to a value, or to a sum in which alone it is a term."""
+    add = _only_sum(value)
+    if add is None:
         return None
-    one_a_row = constant.size == rows and constant.shape[-1] == rows
-    return place if node.op_type != "MatMul" or one_a_row else None
+    index = next(i for i, term in enumerate(add.inputs) if term is not value)
+    other = add.inputs[index]
+    constant = None if other is None else ir.convenience.get_const_tensor(other)
+    if constant is not None:
+        return (add, index) if constant.size == rows and constant.shape[-1] == rows else None
+    if add.outputs[0].shape is None or add.outputs[0].shape != value.shape:
+        return None  # the sum may hold the term several times
+    return _bias_within(other) or _added_to(add.outputs[0], rows)
+
+
+def _bias_within(value: ir.Value | None) -> tuple[ir.Node, int] | None:
+    """The bias of another product in the same sum."""
+    producer = None if value is None else value.producer()
+    if value is None or producer is None or _only_sum(value) is None or producer.op_type != "Gemm":
+        return None
+    return _own_bias(producer)
+
+
+def _only_sum(value: ir.Value) -> ir.Node | None:
+    """The addition that alone reads a value."""
+    uses = tuple(value.uses())
+    alone = len(uses) == 1 and not value.is_graph_output()
+    return uses[0].node if alone and uses[0].node.op_type == "Add" and not uses[0].node.domain else None
 
 
 def _divided(shift: Floats, node: ir.Node) -> Floats:
@@ -105,6 +133,8 @@ def _constant(graph: ir.Graph, node: ir.Node, like: ir.Value | None, array: npt.
     data = node.inputs[0] or node.outputs[0]
     dtype = (like.dtype if like is not None else data.dtype) or ir.DataType.FLOAT
     name = f"{node.name or node.outputs[0].name}_bias_corrected"
+    while name in graph.initializers:  # several terms of a sum have been corrected
+        name += "_too"
     value = ir.val(name, const_value=ir.tensor(array.astype(dtype.numpy()), name=name))
     graph.register_initializer(value)
     return value

@@ -14,6 +14,7 @@ from math import prod
 
 import onnx_ir as ir
 
+from qcompiler.graph.panels import find_sums
 from qcompiler.graph.sites import FLOATS, Site
 
 _WIDEST = 4  # values that may cross a cut that is only made because a segment is too large
@@ -53,7 +54,9 @@ def divide(graph: ir.Graph, sites: Sequence[Site], max_live: int, most_sites: in
     """Cut `graph` between `sites`; see `segments.Segments` for the arguments."""
     kinds = _Kinds(graph, sites)
     body = kinds.body
-    cuts = _choose(_site_positions(body, sites), max_live, most_sites, _Liveness(kinds))
+    cuts = _choose(
+        _site_positions(body, sites), _within_sums(graph, body, sites), max_live, most_sites, _Liveness(kinds)
+    )
     ends = [*cuts, len(body)]
     spans = list(zip([0, *cuts], ends, strict=True)) if body else []
     outputs = tuple(dict.fromkeys(_name(v) for v in graph.outputs))
@@ -155,10 +158,21 @@ def _site_positions(body: Sequence[ir.Node], sites: Sequence[Site]) -> list[int]
     return [position for position, node in enumerate(body) if node in users]
 
 
-def _choose(positions: list[int], max_live: int, most_sites: int, live: _Liveness) -> list[int]:
+def _within_sums(graph: ir.Graph, body: Sequence[ir.Node], sites: Sequence[Site]) -> frozenset[int]:
+    """Positions of sites behind which no cut may be: products that are added up are rounded together."""
+    places = {node: position for position, node in enumerate(body)}
+    spans = [[places[site.node] for site in found.sites] for found in find_sums(graph, sites)]
+    return frozenset(position for span in spans for position in range(min(span), max(span)))
+
+
+def _choose(
+    positions: list[int], together: frozenset[int], max_live: int, most_sites: int, live: _Liveness
+) -> list[int]:
     """Gaps to cut at: the narrowest between each two neighbouring sites, where it is narrow enough."""
     cuts: list[int] = []
     for first, second in pairwise(positions):
+        if first in together:
+            continue
         gap = min(range(first + 1, second + 1), key=lambda g: (live.count[g], live.size[g], g))
         if live.count[gap] <= max_live:
             cuts.append(gap)
@@ -169,5 +183,5 @@ def _choose(positions: list[int], max_live: int, most_sites: int, live: _Livenes
     for low, high in pairwise(edges):
         inside = [p for p in positions if low <= p < high]
         if len(inside) > most_sites:
-            extra += _choose(inside, max_live + 1, most_sites, live)
+            extra += _choose(inside, together, max_live + 1, most_sites, live)
     return sorted({*cuts, *extra})
