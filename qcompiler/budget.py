@@ -160,10 +160,10 @@ def float_bits(site: Site) -> int:
 
 
 def site_bits(site: Site, plan: SitePlan | None) -> int:
-    """Stored bits of a site's weight under a plan; None or no weight format: float."""
+    """Stored bits of a site's weight under a plan, its correction included; None or no weight format: float."""
     if plan is None or plan.weight is None:
-        return float_bits(site)
-    return plan.weight.stored_bits(site.rows, site.columns)
+        return float_bits(site) + site.branch_bits
+    return plan.weight.stored_bits(site.rows, site.columns) + site.branch_bits
 
 
 def stored_constants(model: ir.Model) -> Iterator[tuple[ir.Value | None, int]]:
@@ -217,7 +217,7 @@ def breakdown(model: Model, plan: Plan | None = None) -> list[Row]:
 
 def other_bytes(model: Model, sites: Sequence[Site]) -> int:
     """Stored bytes of everything that is no site's weight."""
-    weights = {site.weight for site in sites}
+    weights = {value for site in sites for value in (site.weight, *site.branch)}
     return sum(size for value, size in stored_constants(model.ir) if value not in weights)
 
 

@@ -25,21 +25,26 @@ class SitePlan:
         weight: how the weight is stored, or None for float.
         activation: how the input of the operation is quantized; "static" is asymmetric uint8 per tensor,
             "dynamic" symmetric int8 per row.
+        variant: name of the transform that the site was given with its format (`qcompiler.variants`), or empty. The
+            graph of the plan has it already.
     """
 
     weight: QuantSpec | None
     activation: ActivationMode = "float"
+    variant: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of strings."""
-        return {"weight": None if self.weight is None else str(self.weight), "activation": self.activation}
+        weight = None if self.weight is None else str(self.weight)
+        return {"weight": weight, "activation": self.activation} | ({"variant": self.variant} if self.variant else {})
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> SitePlan:
         """The inverse of `to_json`."""
         if data["activation"] not in ("float", "static", "dynamic"):
             raise BadOption(f"unknown activation mode '{data['activation']}'", fix="use float, static or dynamic")
-        return SitePlan(None if data["weight"] is None else parse_spec(data["weight"]), data["activation"])
+        weight = None if data["weight"] is None else parse_spec(data["weight"])
+        return SitePlan(weight, data["activation"], data.get("variant", ""))
 
 
 @dataclass(frozen=True)

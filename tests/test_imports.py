@@ -14,7 +14,7 @@ LAYERS = [
     {"registry", "progress", "scratch", "folders"},
     {"formats"},
     {"plan"},
-    {"model", "graph", "capture", "preprocess", "target", "budget", "overrun"},
+    {"model", "graph", "capture", "preprocess", "target", "budget", "overrun", "variants"},
     {"measure", "calibration"},
     {"evaluate"},
     {"pipeline", "contracts"},

@@ -12,6 +12,7 @@ import numpy as np
 from qcompiler import registry
 from qcompiler.budget import Budget, bits_text, kept_sites, parse_budget
 from qcompiler.errors import BadOption, BudgetInfeasible, Refusal
+from qcompiler.formats.varied import plain
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
 from qcompiler.model import Model
@@ -21,6 +22,7 @@ from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
 from qcompiler.passes.plan.measured import Measured, require_clock
 from qcompiler.passes.plan.path import solved_path
+from qcompiler.passes.plan.variants import Variants, require_known, variant_of
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Progress
@@ -58,6 +60,8 @@ class Allocate(Pass):
         pareto: points of the size-against-loss path to solve for, each with its bound; 0: none.
         rerank: how many of the best answers to run whole (fewer for larger models, and none beyond 33 million weights,
             where terms between sites are left out then); 1, or a solver by name, takes the solver's.
+        variants: transforms to offer with narrow formats, site by site: "scaled" (AWQ, where a producer absorbs the
+            scales), "lowrank" (two small products beside a product).
         samples: calibration samples to measure with; 0: as many as the time allows.
         seconds: time that measuring may take.
     """
@@ -73,6 +77,7 @@ class Allocate(Pass):
     loss: str = "gram"
     rerank: int = 8
     pareto: int = 0
+    variants: tuple[str, ...] = ()
     samples: int = 0
     seconds: float = 240.0
 
@@ -92,6 +97,7 @@ class Allocate(Pass):
             raise BadOption("rerank must be 1 or more", "allocate", "1 takes the solver's answer")
         if self.method != "auto":
             registry.find("solvers", self.method)
+        require_known(self.variants, self.loss, self.budgets)
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -111,19 +117,23 @@ class Allocate(Pass):
         kept = kept_sites(sites, self.keep)
         free = [site for site in sites if site.name not in kept]
         menus = [menu(backend, site, self.bits, self.group_sizes, mode) for site in free]
-        menus, groups, refused = _tied(menus, self._tie_names(backend, model, free))
+        ties = self._tie_names(backend, model, free)
+        menus, variants = self._varied(model, menus, ties, progress)
+        menus, groups, refused = _tied(menus, ties)
         ledger = Ledger.of(model, sites, menus, kept)
         ledger.require_feasible([budget for budget in self.budgets if budget.stored], groups)
         timing = Measured(model, backend, sites, self.budgets, progress)
         ledger = timing.price(ledger, groups)
         ledger.require_feasible(self.budgets, groups)
         losses = measured_losses(model, ledger.menus, self.loss, self.samples, self.seconds, progress)
-        ledger, problem, solution, judged = self._decide(model, timing, ledger, groups, losses)
+        settled = _settled(variants, ledger, losses, self.budgets, groups)
+        ledger, problem, solution, judged = self._decide(model, timing, ledger, groups, settled)
         decided = {m.site.name: m.plans[int(o)] for m, o in zip(ledger.menus, solution.choice, strict=True)}
+        decided = variants.commit(model, decided)
         model.plan = Plan(decided, kept=kept)
         bits, size = assert_within(model, self.budgets)
-        plain = judged.get("taken") == 0  # the answer to the problem without terms between sites
-        facts = _facts(self, ledger, replace(problem, cross=None) if plain else problem, solution, size)
+        unpaired = judged.get("taken") == 0  # the answer to the problem without terms between sites
+        facts = _facts(self, ledger, replace(problem, cross=None) if unpaired else problem, solution, size)
         if self.pareto and ledger.menus:
             facts["pareto"] = solved_path(ledger, problem, self.pareto, progress)
         model.plan = replace(model.plan, solution=facts)
@@ -131,8 +141,19 @@ class Allocate(Pass):
         refused += [*(refusal for m in menus for refusal in m.refused), *passed_over(model, sites, progress)]
         table = _table(ledger, losses, solution)
         metrics = {"bits_per_weight": bits, "stored_bytes": size, "sites": table, "measured": dict(losses.facts)}
-        metrics |= {"runs": judged, "latency": timing.facts}
+        metrics |= {"runs": judged, "latency": timing.facts, "variants": variants.facts(decided)}
         return PassReport("allocate", len(decided), tuple(refused), metrics)
+
+    def _varied(
+        self, model: Model, menus: list[Menu], ties: Sequence[tuple[str, ...]], progress: Progress
+    ) -> tuple[list[Menu], Variants]:
+        """The menus with the transforms that may be had."""
+        if not self.variants:
+            return menus, Variants()
+        menus, _, _ = _tied(menus, ties)  # first, so that transforms see the formats that are decided on
+        variants = Variants.ask(self.variants, model, menus, progress)
+        menus, _, _ = _tied([variants.extend(m) for m in menus], ties)
+        return variants.complete(menus), variants
 
     def _tie_names(self, backend: Backend, model: Model, sites: Sequence[Site]) -> list[tuple[str, ...]]:
         ties = getattr(backend, "ties", "none") if self.ties == "target" else self.ties
@@ -199,7 +220,9 @@ def _tied(
         shared = [p for p in by_name[names[0]].plans if all(p in by_name[n].plans for n in names)] if names else []
         if len(names) > 1 and shared:
             kept_groups.append(names)
-            by_name |= {n: replace(by_name[n], plans=tuple(shared)) for n in names}
+            # Equal options, but each site's own: a transform of it is the same decision with other numbers.
+            own = {n: by_name[n].plans for n in names}
+            by_name |= {n: replace(by_name[n], plans=tuple(own[n][own[n].index(p)] for p in shared)) for n in names}
         elif len(names) > 1:
             refused.append(Refusal(", ".join(names), "not tied: they have no option in common"))
     index = {name: number for number, name in enumerate(by_name)}
@@ -221,6 +244,17 @@ def _equally_wide(menus: Sequence[Menu]) -> dict[str, Menu]:
         order = sorted(plans, key=lambda p, site=m.site: (site_bits(site, p), str(p.weight)))
         found[m.site.name] = replace(m, plans=tuple(order))
     return found
+
+
+def _settled(
+    variants: Variants, ledger: Ledger, losses: Losses, budgets: Sequence[Budget], groups: Sequence[tuple[int, ...]]
+) -> Losses:
+    """The losses, infinite for options that the sites of a group cannot have together."""
+    if not variants.offers or not ledger.menus:
+        return losses
+    found = variants.settle(ledger.menus, ledger.problem(losses.rows, budgets, groups))
+    rows = [[float(v) for v in row[: len(m.plans)]] for m, row in zip(ledger.menus, found, strict=True)]
+    return replace(losses, rows=rows)
 
 
 def _facts(options: Allocate, ledger: Ledger, problem: Problem, solution: Solution, size: int) -> dict[str, Any]:
@@ -272,7 +306,13 @@ def _row(m: Menu, losses: Sequence[float], noise: Sequence[float], chosen: int) 
         assert plan.weight is not None
         stored = site_bits(m.site, plan)
         finite = loss if math.isfinite(loss) else None
-        facts = {"spec": str(plan.weight), "width": plan.weight.bits, "bits": stored, "loss": finite}
+        facts = {
+            "spec": str(plain(plan.weight)),
+            "variant": variant_of(plan),
+            "width": plan.weight.bits,
+            "bits": stored,
+            "loss": finite,
+        }
         return {**facts, "noise": error if math.isfinite(error) else None}
 
     options = [option(*facts) for facts in zip(m.plans, losses, noise, strict=True)]

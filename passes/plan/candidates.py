@@ -92,9 +92,9 @@ def with_fitting_scales(site: Site, plans: Sequence[SitePlan]) -> list[SitePlan]
 
 
 def site_bits(site: Site, plan: SitePlan) -> int:
-    """Stored bits of a site's weight under an option."""
+    """Stored bits of a site's weight under an option, with all that goes with it."""
     assert plan.weight is not None
-    return plan.weight.stored_bits(site.rows, site.columns)
+    return plan.weight.stored_bits(site.rows, site.columns) + site.branch_bits
 
 
 def _storage(site: Site, plan: SitePlan) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from qcompiler.budget import GRID_BYTES, Budget, bits_per_weight, float_bits, other_bytes, stored_bytes, weight_bits
+from qcompiler.budget import GRID_BYTES, Budget, bits_per_weight, other_bytes, site_bits, stored_bytes, weight_bits
 from qcompiler.errors import BudgetInfeasible, ContractViolated
 from qcompiler.graph.sites import Site
 from qcompiler.model import Model
@@ -61,14 +61,14 @@ class Ledger:
         floats = [m.site for m in menus if not m.plans]
         reasons = {m.site.name: m.refused[-1].reason if m.refused else "float" for m in menus}
         held = [site for site in sites if site.name in kept]
-        left = [(f"{s.name} ({reasons[s.name]})", float_bits(s) // 8) for s in floats]
-        others = [(f"{s.name} (kept)", float_bits(s) // 8) for s in held]
+        left = [(f"{s.name} ({reasons[s.name]})", site_bits(s, None) // 8) for s in floats]
+        others = [(f"{s.name} (kept)", site_bits(s, None) // 8) for s in held]
         others.append(("constants that are no weights", other_bytes(model, sites)))
         others.append(("grids of static activations", GRID_BYTES * _grids(model, menus)))
         return Ledger(
             tuple(m for m in menus if m.plans),
             sum(m.site.count for m in menus),
-            sum(float_bits(site) for site in floats),
+            sum(site_bits(site, None) for site in floats),
             sum(size for _, size in (*left, *others)),
             tuple(left),
             tuple(others),

@@ -21,6 +21,7 @@ from qcompiler.measure.shapes import site_shapes
 from qcompiler.model import Model
 from qcompiler.passes.plan.ledger import Ledger, Priced
 from qcompiler.passes.plan.trial import Feeds, trial_seconds
+from qcompiler.passes.plan.variants import plain_plan
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress
 from qcompiler.solvers.hull import path
@@ -175,7 +176,8 @@ class Measured:
         feeds, menus = self._feeds(budget.batch), ledger.menus
         shapes = site_shapes(self.model.ir, [m.site for m in menus], feeds)
         times = Times(clock, self.model.cache)
-        table = times.table([m.site for m in menus], [m.plans for m in menus], shapes, self.progress)
+        options = [[plain_plan(plan) for plan in m.plans] for m in menus]
+        table = times.table([m.site for m in menus], options, shapes, self.progress)
         fastest = _fastest(ledger.with_prices({budget.resource: Priced(table)}), budget, ties)
         parts = _sum(table, fastest)
         whole = self.seconds(ledger, [fastest], budget)[0]
@@ -243,7 +245,7 @@ class Measured:
 
 
 def _plan(ledger: Ledger, choice: Choice) -> Plan:
-    return Plan({m.site.name: m.plans[int(o)] for m, o in zip(ledger.menus, choice, strict=True)})
+    return Plan({m.site.name: plain_plan(m.plans[int(o)]) for m, o in zip(ledger.menus, choice, strict=True)})
 
 
 def _fastest(ledger: Ledger, budget: Budget, ties: Ties) -> Choice:

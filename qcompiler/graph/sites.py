@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, cast
 
@@ -40,6 +40,7 @@ class Site:
             "conv"        [O, I/g, *kernel]     -> [O, I/g * kernel]
             "conv-transpose" [I, O/g, *kernel]  -> [O, I/g * kernel], group by group
         groups: of a convolution, else 1.
+        branch: constants of products beside the operation that correct it (`graph.branches`); stored with the site.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Site:
     columns: int
     layout: str
     groups: int = 1
+    branch: tuple[ir.Value, ...] = ()
+
+    @property
+    def branch_bits(self) -> int:
+        """Stored bits of the correction beside the weight."""
+        return sum(8 * value.const_value.nbytes for value in self.branch if value.const_value is not None)
 
     @property
     def activations(self) -> tuple[ir.Value, ...]:
@@ -91,6 +98,7 @@ class Site:
         return np.asarray(self.to_matrix(self.weight.const_value.numpy()), np.float32)
 
 
+BRANCH = "qcompiler.branch"  # metadata of a constant that corrects a site: the name of the site's weight
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
@@ -143,8 +151,12 @@ def _is_matrix_transpose(node: ir.Node, value: ir.Value) -> bool:
 def _examine(graph: ir.Graph) -> list[Site | Refusal]:
     order = {node: position for position, node in enumerate(graph)}
     found: list[tuple[int, int, _Candidate | Refusal]] = []
+    branches: dict[str, list[ir.Value]] = {}
     for number, value in enumerate(graph.initializers.values()):
         tensor = value.const_value
+        if BRANCH in value.metadata_props:
+            branches.setdefault(value.metadata_props[BRANCH], []).append(value)
+            continue
         if tensor is None or tensor.dtype not in FLOATS or len(tensor.shape) < 2 or tensor.size < 2:
             continue
         candidate = _classify(value, order)
@@ -153,7 +165,8 @@ def _examine(graph: ir.Graph) -> list[Site | Refusal]:
             found.append((first, number, candidate))
     found.sort(key=lambda item: item[:2])
     names: dict[str, int] = {}
-    return [c if isinstance(c, Refusal) else _to_site(c, names) for _, _, c in found]
+    sites = [c if isinstance(c, Refusal) else _to_site(c, names) for _, _, c in found]
+    return [s if isinstance(s, Refusal) else _with_branch(s, branches.get(str(s.weight.name), [])) for s in sites]
 
 
 @dataclass(frozen=True)
@@ -266,6 +279,10 @@ def _to_site(candidate: _Candidate, names: dict[str, int]) -> Site:
         form.layout,
         form.groups,
     )
+
+
+def _with_branch(site: Site, constants: list[ir.Value]) -> Site:
+    return replace(site, branch=tuple(constants)) if constants else site
 
 
 def _base_name(weight: ir.Value, node: ir.Node) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.formats import QuantSpec
-from qcompiler.formats.fit import quantize
+from qcompiler.formats.varied import effective
 from qcompiler.graph.sites import Site
 from qcompiler.measure.experiment import Menus, Store
 from qcompiler.measure.judged_twin import JudgedTwin
@@ -201,7 +201,7 @@ def trace_sensitivity(sites: Sequence[Site], candidates: Menus, found: Traces) -
 
 def _error(site: Site, spec: QuantSpec) -> Floats:
     matrix = site.matrix()
-    return quantize(matrix, spec, method="mse").decode() - matrix
+    return effective(matrix, spec).decode() - matrix
 
 
 def _squares(

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from qcompiler.calibration import Calibration
 from qcompiler.formats import QuantSpec
-from qcompiler.formats.fit import quantize
+from qcompiler.formats.varied import effective
 from qcompiler.graph.sites import FLOATS, Site, find_sites
 from qcompiler.measure.experiment import Menus, Store
 from qcompiler.measure.loss import Kind, Reference
@@ -109,7 +109,7 @@ def _normalised(found: Sensitivity) -> Sensitivity:
 def _relative_error(site: Site, spec: QuantSpec) -> float:
     """||Q(W) - W||^2 / ||W||^2."""
     matrix = site.matrix()
-    change = quantize(matrix, spec, method="mse").decode() - matrix
+    change = effective(matrix, spec).decode() - matrix
     size = float(np.square(matrix, dtype=np.float64).sum())
     return float(np.square(change, dtype=np.float64).sum()) / size if size else 0.0
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.formats import PerTensor, QuantSpec
-from qcompiler.formats.fit import quantize
+from qcompiler.formats.varied import VariedSpec, effective
 from qcompiler.graph.sites import Site
 from qcompiler.measure.loss import Kind, Reference
 from qcompiler.measure.patches import site_inputs
@@ -54,7 +54,7 @@ class Probes:
 
         A format that makes outputs infinite or NaN has infinite loss, and a sketch of zeros.
         """
-        matrix = quantize(site.matrix(), spec, method="mse").decode()
+        matrix = effective(site.matrix(), spec).decode()
         change = {_weight(site): site.from_matrix(matrix).astype(_dtype(site))}
         segment, boundary = self.before(self._place[site.name])
         return self.judge(segment, boundary, change)
@@ -82,11 +82,11 @@ class Probes:
         step = max(1, -(-matrix.shape[0] * matrix.shape[1] // (_WEIGHT_ROWS * groups)))
         errors: list[float] = []
         for spec in specs:
-            # one scale for the whole matrix would be another one for a part of it
-            whole = isinstance(spec.granularity, PerTensor)
+            # one scale for the whole matrix would be another one for a part of it, and so would some transforms
+            whole = isinstance(spec.granularity, PerTensor) or isinstance(spec, VariedSpec)
             part = np.ascontiguousarray(matrix if whole else matrix[:, ::step])
             flat = part.reshape(-1, site.columns)
-            change = (quantize(flat, spec, method="mse").decode() - flat).reshape(part.shape)
+            change = (effective(flat, spec).decode() - flat).reshape(part.shape)
             change = change[:, ::step] if whole else change
             product = change if x is None else np.matmul(x, change.swapaxes(1, 2))
             errors.append(float(np.einsum("gij,gij->", product, product, dtype=np.float64)))

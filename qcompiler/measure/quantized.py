@@ -8,8 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy.typing as npt
 
-from qcompiler.formats import QTensor, QuantSpec
-from qcompiler.formats.fit import quantize
+from qcompiler.formats import QuantSpec
+from qcompiler.formats.varied import Effective, effective
 from qcompiler.graph.sites import Site
 
 Array = npt.NDArray[Any]
@@ -18,14 +18,6 @@ Array = npt.NDArray[Any]
 class _Sized(Protocol):
     @property
     def nbytes(self) -> int: ...
-
-
-class _Codes:
-    """A tensor of codes, with its size."""
-
-    def __init__(self, tensor: QTensor) -> None:
-        self.tensor = tensor
-        self.nbytes = tensor.codes.nbytes + tensor.scale.nbytes
 
 
 T = TypeVar("T", bound=_Sized)
@@ -43,7 +35,7 @@ class QuantizedWeights:
 
     def __init__(self, sites: Sequence[Site], specs: Sequence[Sequence[QuantSpec]], memory: int) -> None:
         self._sites, self._specs = sites, specs
-        self._codes = _Recent[_Codes](memory // 4 * 3)
+        self._codes = _Recent[Effective](memory // 4 * 3)
         self._arrays = _Recent[Array](memory // 4)
 
     def get(self, site: int, option: int) -> Array:
@@ -55,14 +47,10 @@ class QuantizedWeights:
         dtype = tensor.dtype.numpy()
 
         def decode() -> Array:
-            codes = self._codes.get((site, option), lambda: _fit(own, self._specs[site][option]))
-            return own.from_matrix(codes.tensor.decode()).astype(dtype, copy=False)
+            codes = self._codes.get((site, option), lambda: effective(own.matrix(), self._specs[site][option]))
+            return own.from_matrix(codes.decode()).astype(dtype, copy=False)
 
         return self._arrays.get((site, option), decode)
-
-
-def _fit(site: Site, spec: QuantSpec) -> _Codes:
-    return _Codes(quantize(site.matrix(), spec, method="mse"))
 
 
 class _Recent(Generic[T]):

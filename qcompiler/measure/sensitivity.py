@@ -23,6 +23,7 @@ from scipy.optimize import isotonic_regression
 
 from qcompiler.formats import QuantSpec
 from qcompiler.formats.fit import quantize
+from qcompiler.formats.varied import VariedSpec
 from qcompiler.graph.sites import Site
 from qcompiler.measure.experiment import Experiment, Menus, Store, weight_formats
 from qcompiler.measure.experiment import Option as Option
@@ -256,7 +257,7 @@ def _measure(store: Store, probes: Probes, site: Site, row: tuple[QuantSpec | No
     probed = _probed(unique, mode)
     measured = {spec: store.probe(probes, site, spec) for spec in probed}
     if len(probed) < len(unique):
-        anchor, told = probed[-1], [spec for spec in unique if spec not in measured]
+        anchor, told = _plainest(probed)[-1], [spec for spec in unique if spec not in measured]
         losses, sketch = measured[anchor]
         texts = [str(spec) for spec in (anchor, *told)]
         local = store.get(
@@ -276,9 +277,15 @@ def _measure(store: Store, probes: Probes, site: Site, row: tuple[QuantSpec | No
 def _probed(unique: Sequence[QuantSpec], mode: Mode) -> Sequence[QuantSpec]:
     """The formats that are measured; the last of them is the one that others are told from."""
     if mode == "anchor":
-        return [unique[(len(unique) - 1) // 2]]
+        among = _plainest(unique)
+        return [among[(len(among) - 1) // 2]]
     narrow = [spec for spec in unique if spec.bits <= _SMALL_ERRORS]
     return narrow if mode == "tail" and len(unique) - len(narrow) > 1 and narrow else unique
+
+
+def _plainest(specs: Sequence[QuantSpec]) -> Sequence[QuantSpec]:
+    """The formats without a transform, if there are any: from these others are told, whatever else is offered."""
+    return [spec for spec in specs if not isinstance(spec, VariedSpec)] or specs
 
 
 def _join(parts: Sequence[_Measured], options: int) -> tuple[Floats, Floats, npt.NDArray[np.float32]]:
@@ -297,7 +304,8 @@ def _monotone(site: Site, row: tuple[QuantSpec | None, ...], loss: Floats) -> Fl
     families: dict[tuple[object, ...], list[int]] = {}
     for index, spec in enumerate(row):
         if spec is not None:
-            family = (type(spec.format), spec.granularity, spec.symmetric, spec.scale_dtype)
+            variant = spec.variant if isinstance(spec, VariedSpec) else ""
+            family = (type(spec.format), spec.granularity, spec.symmetric, spec.scale_dtype, variant)
             families.setdefault(family, []).append(index)
     fitted = loss.copy()
     for members in families.values():

@@ -32,6 +32,16 @@ def scale(model: ir.Model, region: Region, start: Labels, s: Floats) -> None:
     commit(changes)
 
 
+def multipliers(region: Region, start: Labels, s: Floats, constant: ir.Value) -> Floats:
+    """What `scale` would multiply a constant without offset by, broadcastable to it; nothing is changed."""
+    numbers = _by_class(region.classes, start, s)
+    product: Floats = np.ones((1,) * len(constant.shape or ()))
+    for edit in region.edits.values():
+        if edit.constant.value is constant:
+            product = product * _spread(region.classes, edit.labels, numbers, 1.0) ** -edit.sign
+    return product
+
+
 def shift(model: ir.Model, region: Region, start: Labels, d: Floats) -> None:
     """The started value loses d [channels]."""
     numbers = _by_class(region.classes, start, d)

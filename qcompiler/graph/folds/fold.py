@@ -148,6 +148,10 @@ class Fold:
         """[channels]: the largest |weight| that belongs to a channel, over the matrices among `edits`."""
         return apply.absmax(self.region.classes, self.start, [e for e in edits if e.is_weight])
 
+    def factors(self, s: npt.ArrayLike, constant: ir.Value) -> Floats:
+        """What `scale(s)` would multiply a constant by, broadcastable to it; nothing is changed."""
+        return apply.multipliers(self.region, self.start, self._checked(s, 1.0), constant)
+
     def scale(self, s: npt.ArrayLike) -> None:
         """Divide channel c of the value by s[c]; its consumers multiply.
 
