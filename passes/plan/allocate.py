@@ -11,7 +11,7 @@ import numpy as np
 
 from qcompiler import registry
 from qcompiler.budget import Budget, bits_text, kept_sites, parse_budget
-from qcompiler.errors import BadOption, BudgetInfeasible, Refusal
+from qcompiler.errors import BadOption, BudgetInfeasible
 from qcompiler.formats.varied import plain
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
@@ -22,7 +22,8 @@ from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
 from qcompiler.passes.plan.measured import Measured, require_clock
 from qcompiler.passes.plan.path import solved_path
-from qcompiler.passes.plan.variants import Variants, require_known, variant_of
+from qcompiler.passes.plan.ties import tied
+from qcompiler.passes.plan.variants import Variants, require_known, variant_of, varied
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Progress
@@ -118,8 +119,8 @@ class Allocate(Pass):
         free = [site for site in sites if site.name not in kept]
         menus = [menu(backend, site, self.bits, self.group_sizes, mode) for site in free]
         ties = self._tie_names(backend, model, free)
-        menus, variants = self._varied(model, menus, ties, progress)
-        menus, groups, refused = _tied(menus, ties)
+        menus, variants = varied(model, menus, self.variants, ties, progress)
+        menus, groups, refused = tied(menus, ties)
         ledger = Ledger.of(model, sites, menus, kept)
         ledger.require_feasible([budget for budget in self.budgets if budget.stored], groups)
         timing = Measured(model, backend, sites, self.budgets, progress)
@@ -143,17 +144,6 @@ class Allocate(Pass):
         metrics = {"bits_per_weight": bits, "stored_bytes": size, "sites": table, "measured": dict(losses.facts)}
         metrics |= {"runs": judged, "latency": timing.facts, "variants": variants.facts(decided)}
         return PassReport("allocate", len(decided), tuple(refused), metrics)
-
-    def _varied(
-        self, model: Model, menus: list[Menu], ties: Sequence[tuple[str, ...]], progress: Progress
-    ) -> tuple[list[Menu], Variants]:
-        """The menus with the transforms that may be had."""
-        if not self.variants:
-            return menus, Variants()
-        menus, _, _ = _tied(menus, ties)  # first, so that transforms see the formats that are decided on
-        variants = Variants.ask(self.variants, model, menus, progress)
-        menus, _, _ = _tied([variants.extend(m) for m in menus], ties)
-        return variants.complete(menus), variants
 
     def _tie_names(self, backend: Backend, model: Model, sites: Sequence[Site]) -> list[tuple[str, ...]]:
         ties = getattr(backend, "ties", "none") if self.ties == "target" else self.ties
@@ -206,44 +196,6 @@ class Allocate(Pass):
         truth, margin = judge(model, menus, samples)
         progress.note(f"running the {len(answers)} best allocations")
         return reranked(truth, margin, answers)
-
-
-def _tied(
-    menus: list[Menu], groups: Sequence[tuple[str, ...]]
-) -> tuple[list[Menu], list[tuple[int, ...]], list[Refusal]]:
-    """Give tied sites the options that all of them have, in one order; the groups as indices of non-empty menus."""
-    by_name = {m.site.name: m for m in menus if m.plans}
-    kept_groups: list[list[str]] = []
-    refused: list[Refusal] = []
-    for names in ([n for n in group if n in by_name] for group in groups):
-        by_name |= _equally_wide([by_name[n] for n in names])
-        shared = [p for p in by_name[names[0]].plans if all(p in by_name[n].plans for n in names)] if names else []
-        if len(names) > 1 and shared:
-            kept_groups.append(names)
-            # Equal options, but each site's own: a transform of it is the same decision with other numbers.
-            own = {n: by_name[n].plans for n in names}
-            by_name |= {n: replace(by_name[n], plans=tuple(own[n][own[n].index(p)] for p in shared)) for n in names}
-        elif len(names) > 1:
-            refused.append(Refusal(", ".join(names), "not tied: they have no option in common"))
-    index = {name: number for number, name in enumerate(by_name)}
-    groups_by_index = [tuple(index[n] for n in names) for names in kept_groups]
-    return [by_name.get(m.site.name, m) for m in menus], groups_by_index, refused
-
-
-def _equally_wide(menus: Sequence[Menu]) -> dict[str, Menu]:
-    """Float32 scales for all where one of them needs them: options that differ in nothing else stay common."""
-
-    def wide(plan: SitePlan) -> SitePlan:
-        assert plan.weight is not None
-        return replace(plan, weight=replace(plan.weight, scale_dtype="float32"))
-
-    needed = {p for m in menus for p in m.plans if p == wide(p)}
-    found: dict[str, Menu] = {}
-    for m in menus:
-        plans = {wide(p) if wide(p) in needed else p for p in m.plans}  # a target may itself offer both: one option
-        order = sorted(plans, key=lambda p, site=m.site: (site_bits(site, p), str(p.weight)))
-        found[m.site.name] = replace(m, plans=tuple(order))
-    return found
 
 
 def _settled(

@@ -15,6 +15,7 @@ from qcompiler.formats import QuantSpec
 from qcompiler.formats.varied import VariedSpec, plain
 from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Menu, site_bits
+from qcompiler.passes.plan.ties import tied
 from qcompiler.plan import SitePlan
 from qcompiler.progress import Progress
 from qcompiler.solvers.problem import Problem
@@ -140,6 +141,18 @@ class Variants:
             }
             for name, offer in self.offers.items()
         }
+
+
+def varied(
+    model: Model, menus: list[Menu], names: Sequence[str], ties: Sequence[tuple[str, ...]], progress: Progress
+) -> tuple[list[Menu], Variants]:
+    """The menus with the transforms that may be had, by name; `ties` are the sites that share one decision."""
+    if not names:
+        return menus, Variants()
+    menus, _, _ = tied(menus, ties)  # first, so that transforms see the formats that are decided on
+    variants = Variants.ask(names, model, menus, progress)
+    menus, _, _ = tied([variants.extend(m) for m in menus], ties)
+    return variants.complete(menus), variants
 
 
 def plain_plan(plan: SitePlan) -> SitePlan:
