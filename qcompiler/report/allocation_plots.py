@@ -64,7 +64,7 @@ def latency_bars(found: Mapping[str, Any]) -> str:
         ("by bit operations, measured", [(found["by_bops"], "var(--p1)", "fewest bit operations at equal loss")]),
         ("fastest formats, measured", [(found["fastest"], "var(--p2)", "the least that any formats take")]),
     ]
-    d = Drawing(height=58 + 30 * len(rows), left=190, right=72, top=20)
+    d = Drawing(width=720, height=58 + 30 * len(rows), left=194, right=76, top=20)
     most = max([found["budget"], *(sum(part[0] for part in parts) for _, parts in rows)])
     # A budget far beyond all that was timed would leave no room for the bars.
     high = min(most, 1.6 * max(sum(part[0] for part in parts) for _, parts in rows))
@@ -77,7 +77,7 @@ def latency_bars(found: Mapping[str, Any]) -> str:
             left, right = x(start * 1e3), x((start + seconds) * 1e3)
             d.rect(left, top, right - left, 19, f"fill:{color}", f"{what}: {seconds * 1e3:.3g} ms", radius=2)
             start += seconds
-        d.text(x(start * 1e3) + 6, top + 14, f"{start * 1e3:.3g} ms", "start", css="legend")
+        d.text(d.width, top + 14, f"{start * 1e3:.4g} ms", "end", css="legend")
     if found["budget"] <= high:
         at = x(found["budget"] * 1e3)
         d.line(at, d.y1 - 2, at, d.y0, "limit")

@@ -68,9 +68,9 @@ def brief(value: float | None, digits: int = 3) -> str:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as a percentage; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    return "–" if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def milliseconds(seconds: float) -> str:
     """A time in ms, with four digits."""
-    return f"{seconds * 1e3:.4g} ms"
+    return f"{seconds * 1e3:.4g}\N{NO-BREAK SPACE}ms"

@@ -107,7 +107,7 @@ def test_what_is_collected_is_json() -> None:
 def test_times_only_where_a_latency_was_asked_for() -> None:
     assert latencies(reports(measured=MEASURED, latency={})) == []
     assert latencies(reports(measured=MEASURED, latency={"bops": 1e9})) == []
-    assert "1e+09 a sample" in words(measured=MEASURED, latency={"bops": 1e9})
+    assert "Bit operations 1.5 Gbops a sample" in words(measured=MEASURED, latency={"bops": 1.5e9})
     assert [entry["samples"] for entry in latencies(reports(latency={"seconds": TIMES, "seconds@4": TIMES}))] == [1, 4]
 
 

@@ -86,7 +86,7 @@ def test_the_numbers_are_in_the_page_as_json() -> None:
 
 def test_key_figures_and_refusals_are_shown() -> None:
     page = render(data())
-    for text in ("4.321", "12.3", "90.0 %", "8.0 times smaller", "verified", "because", "float sums"):
+    for text in ("4.321", "12.3", "90.0\N{NO-BREAK SPACE}%", "8.0 times smaller", "verified", "because", "float sums"):
         assert text in page
 
 
