@@ -11,12 +11,13 @@ import numpy as np
 
 from qcompiler import registry
 from qcompiler.budget import Budget, bits_text, kept_sites, parse_budget
-from qcompiler.errors import BadOption, BudgetInfeasible
+from qcompiler.errors import BadOption
 from qcompiler.formats.varied import plain
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
 from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Activations, Menu, menu, passed_over, site_bits, target_for
+from qcompiler.passes.plan.conflict import conflict, require_together
 from qcompiler.passes.plan.decide import SEPARABLE, contenders, judge, reranked, runs, solved
 from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
@@ -122,10 +123,13 @@ class Allocate(Pass):
         menus, variants = varied(model, menus, self.variants, ties, progress)
         menus, groups, refused = tied(menus, ties)
         ledger = Ledger.of(model, sites, menus, kept)
-        ledger.require_feasible([budget for budget in self.budgets if budget.stored], groups)
+        stored = [budget for budget in self.budgets if budget.stored]
+        ledger.require_feasible(stored, groups)
+        require_together(ledger, stored, groups)
         timing = Measured(model, backend, sites, self.budgets, progress)
         ledger = timing.price(ledger, groups)
         ledger.require_feasible(self.budgets, groups)
+        require_together(ledger, self.budgets, groups)
         losses = measured_losses(model, ledger.menus, self.loss, self.samples, self.seconds, progress)
         settled = _settled(variants, ledger, losses, self.budgets, groups)
         ledger, problem, solution, judged = self._decide(model, timing, ledger, groups, settled)
@@ -164,18 +168,20 @@ class Allocate(Pass):
 
         def answer(problem: Problem) -> Solution:
             samples = int(losses.facts.get("samples", 0))
-            solution, facts = self._rerank(model, ledger.menus, problem, self._solve(problem), samples, timing.progress)
+            solution, facts = self._rerank(
+                model, ledger.menus, problem, self._solve(ledger, problem), samples, timing.progress
+            )
             judged[solution.choice.tobytes()] = facts
             return solution
 
         final, solution = timing.confirm(ledger, answer(pose(ledger)), pose, answer)
         return final, pose(final), solution, judged[solution.choice.tobytes()]
 
-    def _solve(self, problem: Problem) -> Solution:
+    def _solve(self, ledger: Ledger, problem: Problem) -> Solution:
         try:
             return solved(problem, self.method)
         except (InfeasibleProblem, NoChoiceFound) as error:
-            raise BudgetInfeasible(f"the budgets {', '.join(self.budget)} cannot be met together ({error})") from error
+            raise conflict(ledger, problem, self.budgets, isinstance(error, InfeasibleProblem)) from error
         except ValueError as error:
             raise BadOption(f"method '{self.method}': {error}", "allocate", 'use "auto"') from error
 

@@ -122,17 +122,23 @@ class Ledger:
         return Problem.ragged(losses, self.costs(), self.room(budgets), tuple(ties))
 
     def require_feasible(self, budgets: Sequence[Budget], ties: Sequence[tuple[int, ...]]) -> None:
-        """Raise BudgetInfeasible, with the smallest feasible budget, if the cheapest options do not fit."""
+        """Raise BudgetInfeasible, with the smallest feasible budgets, if the cheapest options do not fit one."""
         blank = [[0.0] * len(m.plans) for m in self.menus]
         least = separable(self.problem(blank, budgets, ties))[0].least_costs()
-        for budget in budgets:
-            if least[budget.resource] > self._left(budget):
-                needed = Fraction(least[budget.resource]) + Fraction(self.fixed(budget))
-                smallest = needed / (self.weights or 1) if budget.kind == "bits" else needed
-                fix = (
-                    f"the smallest feasible budget is {budget.show(smallest)}; most room takes {self._largest(budget)}"
-                )
-                raise BudgetInfeasible(f"the budget {budget} cannot be met", fix=fix)
+        asked = tightest(budgets)
+        over = [budget for budget in asked if least[budget.resource] > self._left(budget)]
+        if over:
+            named = f"budget {over[0]}" if len(over) == 1 else f"budgets {' and '.join(map(str, over))}"
+            smallest = " and ".join(self.show(budget, least[budget.resource]) for budget in asked)
+            fix = f"the smallest feasible budget is {smallest}"
+            if len(asked) > 1:
+                fix = f"the smallest feasible budgets are {smallest}, each alone"
+            raise BudgetInfeasible(f"the {named} cannot be met", fix=f"{fix}; most room takes {self._largest(over[0])}")
+
+    def show(self, budget: Budget, used: float) -> str:
+        """What options take of a budget's resource and what is fixed of it, in the budget's unit."""
+        needed = Fraction(used) + Fraction(self.fixed(budget))
+        return budget.show(needed / (self.weights or 1) if budget.kind == "bits" else needed)
 
     def _largest(self, budget: Budget) -> str:
         if not budget.stored:
@@ -144,6 +150,15 @@ class Ledger:
         stored = [*sizes, *self.floats, *(self.others if budget.kind == "bytes" else ())]
         largest = sorted((item for item in stored if item[1]), key=lambda item: -item[1])[:3]
         return ", ".join(f"{name} ({size_text(size)})" for name, size in largest)
+
+
+def tightest(budgets: Sequence[Budget]) -> list[Budget]:
+    """Of several budgets of one resource the one that decides."""
+    least: dict[str, Budget] = {}
+    for budget in budgets:
+        known = least.get(budget.resource)
+        least[budget.resource] = budget if known is None or budget.amount < known.amount else known
+    return list(least.values())
 
 
 def _grids(model: Model, menus: Sequence[Menu]) -> int:

@@ -19,7 +19,7 @@ from qcompiler.measure.cache import Cache, fingerprint
 from qcompiler.measure.latency import Times, clock_of, preemptions
 from qcompiler.measure.shapes import site_shapes
 from qcompiler.model import Model
-from qcompiler.passes.plan.ledger import Ledger, Priced
+from qcompiler.passes.plan.ledger import Ledger, Priced, tightest
 from qcompiler.passes.plan.trial import Feeds, trial_seconds
 from qcompiler.passes.plan.variants import plain_plan
 from qcompiler.plan import Plan
@@ -69,11 +69,7 @@ class Measured:
     @property
     def timed(self) -> list[Budget]:
         """The budgets in seconds, the tightest of each batch size."""
-        tightest: dict[str, Budget] = {}
-        for budget in sorted(self.budgets, key=lambda b: b.amount):
-            if budget.kind == "seconds":
-                tightest.setdefault(budget.resource, budget)
-        return list(tightest.values())
+        return tightest([budget for budget in self.budgets if budget.kind == "seconds"])
 
     def price(self, ledger: Ledger, ties: Ties) -> Ledger:
         """The ledger with the costs that its budgets need.
