@@ -21,6 +21,7 @@ from qcompiler.solvers.problem import Choice, Floats, InfeasibleProblem, NoChoic
 from qcompiler.solvers.program import ACCURACY, Answer, check_engine, run
 
 _TIGHTER = (0.0, 0.0, 0.0, 0.0, 1e-7, 1e-6)  # relative, of the budgets, in the attempts to solve one program
+MANY_BUDGETS = 32
 LARGEST = 60_000  # variables; PuLP takes seconds to build more, and HiGHS rarely closes them
 
 
@@ -40,10 +41,7 @@ def solve_ilp(problem: Problem, deadline: float = 60.0, engine: str = "highs") -
     check_engine(engine)
     start = time.monotonic()
     merged, members = separable(problem)
-    try:
-        known = solve_lagrangian(merged, deadline / 3)
-    except NoChoiceFound:
-        known = None
+    known = _known(merged, deadline / 3)
     if known is not None and known.status == "optimal":
         return replace(known, choice=known.choice[members], method="ilp")
     options = merged.allowed if known is None else useful(merged, known, known.objective)
@@ -63,6 +61,16 @@ def solve_ilp(problem: Problem, deadline: float = 60.0, engine: str = "highs") -
     prices = known.multipliers if known else {}
     status = "optimal" if proven else "feasible"
     return Solution(choice[members], objective, bound, "ilp", status, time.monotonic() - start, prices)
+
+
+def _known(problem: Problem, deadline: float) -> Solution | None:
+    """The Lagrangian solution, unless there are so many prices to find that the program alone is quicker."""
+    if len(problem.budgets) > MANY_BUDGETS:
+        return None
+    try:
+        return solve_lagrangian(problem, deadline)
+    except NoChoiceFound:
+        return None
 
 
 def useful(problem: Problem, known: Solution, cutoff: float) -> npt.NDArray[np.bool_]:

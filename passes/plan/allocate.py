@@ -22,6 +22,8 @@ from qcompiler.passes.plan.decide import SEPARABLE, contenders, judge, reranked,
 from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
 from qcompiler.passes.plan.measured import Measured, require_clock
+from qcompiler.passes.plan.pairs import SECONDS as PAIR_SECONDS
+from qcompiler.passes.plan.pairs import Pairs
 from qcompiler.passes.plan.path import solved_path
 from qcompiler.passes.plan.ties import tied
 from qcompiler.passes.plan.variants import Variants, require_known, variant_of, varied
@@ -64,6 +66,8 @@ class Allocate(Pass):
             where terms between sites are left out then); 1, or a solver by name, takes the solver's.
         variants: transforms to offer with narrow formats, site by site: "scaled" (AWQ, where a producer absorbs the
             scales), "lowrank" (two small products beside a product).
+        pairs: the width that every matrix in panels has on average, with as many columns at one bit more as at one less
+            (SliM-LLM); by an integer program without terms between sites. 0: panels are free.
         samples: calibration samples to measure with; 0: as many as the time allows.
         seconds: time that measuring may take.
     """
@@ -80,6 +84,7 @@ class Allocate(Pass):
     rerank: int = 8
     pareto: int = 0
     variants: tuple[str, ...] = ()
+    pairs: int = 0
     samples: int = 0
     seconds: float = 240.0
 
@@ -95,6 +100,11 @@ class Allocate(Pass):
             raise BadOption("bits must be 2 or more, group sizes positive", "allocate")
         if self.pareto < 0 or self.pareto == 1:
             raise BadOption("a path has at least 2 points", "allocate", "set pareto to 2 or more, or to 0 for none")
+        if self.pairs and (self.pairs < 3 or self.pareto or self.method not in ("auto", "ilp")):
+            fix = "give 3 bits or more, no path, and leave the method to auto or ilp"
+            raise BadOption(f"pairs of {self.pairs} bits cannot be had here", "allocate", fix)
+        if self.samples < 0 or not self.seconds >= 0:  # NaN is neither
+            raise BadOption("samples and seconds must be 0 or more", "allocate")
         if self.rerank < 1:
             raise BadOption("rerank must be 1 or more", "allocate", "1 takes the solver's answer")
         if self.method != "auto":
@@ -120,7 +130,8 @@ class Allocate(Pass):
         free = [site for site in sites if site.name not in kept]
         menus = [menu(backend, site, self.bits, self.group_sizes, mode) for site in free]
         ties = self._tie_names(backend, model, free)
-        menus, variants = varied(model, menus, self.variants, ties, progress)
+        pairs = Pairs.of(model, free, self.pairs)
+        menus, variants = varied(model, [pairs.narrowed(m) for m in menus], self.variants, ties, progress)
         menus, groups, refused = tied(menus, ties)
         ledger = Ledger.of(model, sites, menus, kept)
         stored = [budget for budget in self.budgets if budget.stored]
@@ -132,7 +143,7 @@ class Allocate(Pass):
         require_together(ledger, self.budgets, groups)
         losses = measured_losses(model, ledger.menus, self.loss, self.samples, self.seconds, progress)
         settled = _settled(variants, ledger, losses, self.budgets, groups)
-        ledger, problem, solution, judged = self._decide(model, timing, ledger, groups, settled)
+        ledger, problem, solution, judged = self._decide(model, timing, ledger, groups, settled, pairs)
         decided = {m.site.name: m.plans[int(o)] for m, o in zip(ledger.menus, solution.choice, strict=True)}
         decided = variants.commit(model, decided)
         model.plan = Plan(decided, kept=kept)
@@ -154,7 +165,13 @@ class Allocate(Pass):
         return [] if ties == "none" else tie_groups(model.ir, sites, add_inputs=ties == "adds")
 
     def _decide(
-        self, model: Model, timing: Measured, ledger: Ledger, groups: Sequence[tuple[int, ...]], losses: Losses
+        self,
+        model: Model,
+        timing: Measured,
+        ledger: Ledger,
+        groups: Sequence[tuple[int, ...]],
+        losses: Losses,
+        pairs: Pairs,
     ) -> tuple[Ledger, Problem, Solution, dict[str, Any]]:
         """Solve, run the best answers, and keep to the latencies; what was run whole comes last."""
         weights = sum(m.site.count for m in ledger.menus)
@@ -164,7 +181,7 @@ class Allocate(Pass):
         judged: dict[bytes, dict[str, Any]] = {}
 
         def pose(priced: Ledger) -> Problem:
-            return replace(priced.problem(losses.rows, self.budgets, groups), cross=cross)
+            return pairs.held(replace(priced.problem(losses.rows, self.budgets, groups), cross=cross), priced.menus)
 
         def answer(problem: Problem) -> Solution:
             samples = int(losses.facts.get("samples", 0))
@@ -179,7 +196,7 @@ class Allocate(Pass):
 
     def _solve(self, ledger: Ledger, problem: Problem) -> Solution:
         try:
-            return solved(problem, self.method)
+            return solved(problem, "ilp", PAIR_SECONDS) if self.pairs else solved(problem, self.method)
         except (InfeasibleProblem, NoChoiceFound) as error:
             raise conflict(ledger, problem, self.budgets, isinstance(error, InfeasibleProblem)) from error
         except ValueError as error:
@@ -195,7 +212,7 @@ class Allocate(Pass):
         progress: Progress,
     ) -> tuple[Solution, dict[str, Any]]:
         """The best answers run whole, on samples that were not measured on if there are some, and the best of them."""
-        most = runs(self.rerank, sum(m.site.count for m in menus)) if self.method == "auto" else 1
+        most = runs(self.rerank, sum(m.site.count for m in menus)) if self.method == "auto" and not self.pairs else 1
         answers = contenders(problem, solution, most) if most > 1 and menus else []
         if len(answers) < 2:
             return solution, {}

@@ -27,17 +27,17 @@ _MOST_WEIGHTS = 1 << 25
 _WEIGHTS_OF_RUNS = 1 << 24  # weights that re-ranking may quantize in all
 
 
-def solved(problem: Problem, method: str) -> Solution:
-    """The solver's answer, with alternatives.
+def solved(problem: Problem, method: str, seconds: float = SECONDS) -> Solution:
+    """The solver's answer, with alternatives, within some seconds.
 
     Raises:
         InfeasibleProblem, NoChoiceFound: see the solvers.
     """
     if method == "quadratic" or (method == "auto" and not problem.separable):
-        return solve_quadratic(problem, SECONDS, GAP)
+        return solve_quadratic(problem, seconds, GAP)
     if method == "auto":
-        return solve(problem, deadline=SECONDS)
-    return registry.find("solvers", method)(problem, SECONDS)
+        return solve(problem, deadline=seconds)
+    return registry.find("solvers", method)(problem, seconds)
 
 
 def contenders(problem: Problem, solution: Solution, most: int) -> list[Solution]:
