@@ -33,6 +33,7 @@ PASSES: dict[str, str] = {
 FORMATS: dict[str, str] = {
     "int": "qcompiler.formats.integer:Int",
     "uint": "qcompiler.formats.integer:UInt",
+    "int#to#p": "qcompiler.formats.promoted:Promoted",  # as int4to8p10
 }
 SOLVERS: dict[str, str] = {
     "lagrangian": "qcompiler.solvers.knapsack:solve_lagrangian",

@@ -8,8 +8,10 @@ mapping from and to the tensors of a graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
@@ -18,11 +20,11 @@ import numpy.typing as npt
 
 from qcompiler.errors import BadOption
 from qcompiler.formats.granularity import Granularity, parse_granularity
-from qcompiler.formats.packing import packed_bits
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[Any]
 _PART = 1 << 20
+_NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 SCALE_DTYPES: dict[str, tuple[str, int]] = {  # name -> (short name, bits)
     "float32": ("fp32", 32),
     "float16": ("fp16", 16),
@@ -78,6 +80,14 @@ class Format(Protocol):
         """The numbers that the codes stand for, float32."""
         ...
 
+    def with_bits(self, bits: int) -> Format:
+        """The same kind of format with another width."""
+        ...
+
+    def storage(self, rows: int, columns: int, granularity: Granularity, symmetric: bool) -> tuple[int, int]:
+        """Stored bits of the codes of a [rows, columns] matrix, and of what goes with them beside the scales."""
+        ...
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -102,16 +112,14 @@ class QuantSpec:
         return self.format.bits
 
     def stored_bits(self, rows: int, columns: int) -> int:
-        """Exact stored bits of a [rows, columns] matrix: packed codes, scales and packed zero points."""
+        """Exact stored bits of a [rows, columns] matrix: packed codes, scales and packed zero points or flags."""
         scale_rows, groups = self.granularity.grid(rows, columns)
-        codes = packed_bits(rows * columns, self.bits)
         scales = scale_rows * groups * SCALE_DTYPES[self.scale_dtype][1]
-        zeros = 0 if self.symmetric else packed_bits(scale_rows * groups, self.bits)
-        return codes + scales + zeros
+        return scales + sum(self.format.storage(rows, columns, self.granularity, self.symmetric))
 
     def with_bits(self, bits: int) -> QuantSpec:
         """The same spec with another width."""
-        return replace(self, format=replace(self.format, bits=bits))  # type: ignore[type-var]
+        return replace(self, format=self.format.with_bits(bits))
 
     def __str__(self) -> str:
         kind = "sym" if self.symmetric else "asym"
@@ -126,7 +134,7 @@ class QTensor:
         spec: how it is stored.
         codes: integers [rows, columns], int8 or uint8 up to 8 bits.
         scale: float32 [scale rows, groups], already rounded to `spec.scale_dtype`.
-        zero: integer-valued float32 [scale rows, groups], or None if symmetric.
+        zero: integer-valued float32 [scale rows, groups], or None if symmetric. Of `Promoted` formats the flags.
     """
 
     spec: QuantSpec
@@ -178,15 +186,21 @@ def spread(per_group: Floats, spec: QuantSpec, columns: int) -> Floats:
 
 
 def parse_format(text: str) -> Format:
-    """The inverse of `str(format)`: "int4", "uint3", or any name a registered format claims."""
+    """The inverse of `str(format)`: "int4", "uint3", or any name a registered format claims.
+
+    A format that takes numbers is registered under its name with # for each of them but the last: "int", "int#to#p".
+    """
     from qcompiler import registry
 
-    head = text.rstrip("0123456789")
-    if head in registry.names("formats") and text != head:
-        return registry.find("formats", head)(int(text[len(head) :]))
-    if text in registry.names("formats"):
-        return registry.find("formats", text)()
-    raise BadOption(f"unknown format '{text}'", fix="write int2 ... int8 or uint2 ... uint8")
+    known, form = registry.names("formats"), _NUMBER.sub("#", text)
+    if form.endswith("#") and form[:-1] in known:
+        numbers = _NUMBER.findall(text)
+        return registry.find("formats", form[:-1])(*(int(n) if n.isdigit() else float(n) for n in numbers))
+    if text in known:
+        made: Callable[..., Format] = registry.find("formats", text)
+        if all(argument.default is not argument.empty for argument in signature(made).parameters.values()):
+            return made()
+    raise BadOption(f"unknown format '{text}'", fix="write int2 ... int8, uint2 ... uint8 or int4to8p10")
 
 
 def parse_spec(text: str) -> QuantSpec:

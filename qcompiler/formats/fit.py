@@ -9,6 +9,7 @@ codes in closed form, follows the search. Works for every format whose `decode` 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy.typing as npt
 
 from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, row_parts, spread_rows
 from qcompiler.formats.granularity import PerTensor
+from qcompiler.formats.promoted import Promoted
+from qcompiler.formats.promotion import promote
 from qcompiler.formats.scales import free_magnitude
 
 Method = Literal["minmax", "mse"]
@@ -37,11 +40,12 @@ def fit(
         matrix: float32 [rows, columns].
         spec: format, granularity, symmetry, dtype of the scales.
         method: "minmax" covers every weight; "mse" minimises sum(importance * error^2) in each group.
-        importance: non-negative weights of the squared errors, [columns] or [rows, columns].
+        importance: non-negative weights of the squared errors, [columns] or [rows, columns]. They also say which groups
+            of a `Promoted` format are promoted.
 
     Returns:
         scale float32 [scale rows, groups], already rounded to `spec.scale_dtype`, and zero (integer-valued
-        float32 of the same shape), or None for a symmetric spec.
+        float32 of the same shape), or None for a symmetric spec. Of `Promoted` formats zero is the flags.
 
     Raises:
         ValueError: the matrix is not two-dimensional or not finite, or importance does not fit it.
@@ -50,6 +54,10 @@ def fit(
         raise ValueError(f"unknown method '{method}': use minmax or mse")
     matrix = _checked(matrix)
     weights = _checked_importance(importance, matrix)
+    if isinstance(spec.format, Promoted):
+        narrow, wide = (replace(spec, format=fmt) for fmt in (spec.format.narrow, spec.format.wide))
+        forms = [quantize(matrix, one, method, weights) for one in (narrow, wide)]
+        return promote(spec.format, matrix, forms[0], forms[1], weights)
     unit = free_magnitude(matrix, spec)
     if unit != 1:
         matrix = matrix / unit

@@ -6,14 +6,16 @@ zero at the middle code 2^(b-1) (what ONNX Runtime's MatMulNBits assumes without
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompiler.errors import BadOption
 from qcompiler.formats.base import Codes, Floats
+from qcompiler.formats.granularity import Granularity
+from qcompiler.formats.packing import packed_bits
 
 
 def _step(span: npt.NDArray[np.floating], steps: int) -> Floats:
@@ -28,7 +30,7 @@ class _Integer:
     signed: ClassVar[bool]
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 16:
+        if self.bits not in range(2, 17):
             raise BadOption(f"an integer format of {self.bits} bits does not exist", fix="use 2 to 8 bits")
 
     @property
@@ -87,6 +89,15 @@ class _Integer:
         """(codes - zero) * scale, float32."""
         offset = np.float32(self.middle) if zero is None else zero
         return (codes.astype(np.float32) - offset) * scale
+
+    def with_bits(self, bits: int) -> Self:
+        """The same with another width."""
+        return replace(self, bits=bits)
+
+    def storage(self, rows: int, columns: int, granularity: Granularity, symmetric: bool) -> tuple[int, int]:
+        """Stored bits of a [rows, columns] matrix: of its packed codes, and of its packed zero points."""
+        scale_rows, groups = granularity.grid(rows, columns)
+        return packed_bits(rows * columns, self.bits), 0 if symmetric else packed_bits(scale_rows * groups, self.bits)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""Two widths in one weight: most groups at `bits`, those that gain most from it at `high` bits.
+
+FGMP (Hooper et al., "FGMP: Fine-Grained Mixed-Precision Weight and Activation Quantization", 2025) promotes blocks
+by one threshold over the whole model, SliM-LLM whole groups of columns. Which groups are promoted is data: one flag a
+group, carried where other formats carry zero points. Both grids are symmetric integers, so the numbers of a group are
+code * scale in either width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcompiler.errors import BadOption
+from qcompiler.formats.base import Codes, Floats
+from qcompiler.formats.granularity import Granularity
+from qcompiler.formats.integer import Int
+from qcompiler.formats.packing import packed_bits
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """Signed integers of `bits` bits, of `high` bits in `percent` percent of the groups.
+
+    `str` of it is like "int4to8p10" or "int3to4p2.5". The exact number of promoted groups is `promoted`. With a
+    tensor or a row for a group, what is promoted is tensors or rows.
+
+    Attributes:
+        bits: of a code of an ordinary group.
+        high: of a code of a promoted one.
+        percent: of the groups that are promoted, to two decimals, 0 < percent < 100.
+    """
+
+    bits: int
+    high: int
+    percent: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "percent", round(self.percent, 2))
+        if self.bits >= self.high:
+            raise BadOption(f"{self.high} bits promote no code of {self.bits}", str(self), "write it as int4to8p10")
+        if not 0 < self.percent < 100:
+            fix = "write int4to8p10 for 10 percent, int4 or int8 for none or all"
+            raise BadOption(f"{self.percent:g} percent of the groups are none or all of them", str(self), fix)
+        _ = self.narrow, self.wide  # which widths exist is theirs to say
+
+    @property
+    def narrow(self) -> Int:
+        """The grid of an ordinary group."""
+        return Int(self.bits)
+
+    @property
+    def wide(self) -> Int:
+        """The grid of a promoted group."""
+        return Int(self.high)
+
+    @property
+    def onnx_type(self) -> None:
+        """No one tensor holds codes of two widths."""
+        return
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Of a promoted group."""
+        return self.wide.code_range
+
+    def promoted(self, groups: int) -> int:
+        """How many of so many groups are promoted: the nearest whole number, halves up."""
+        return (round(100 * self.percent) * groups + 5000) // 10000
+
+    def fit(self, low: Floats, high: Floats, symmetric: bool) -> tuple[Floats, Floats]:
+        """Scale and flag of promoted groups that cover [low, high]: any group may be one.
+
+        Which groups of a matrix are promoted, `formats.fit` decides. `symmetric` makes no difference.
+        """
+        del symmetric
+        scale, _ = self.wide.fit(low, high, True)
+        return scale, np.ones_like(scale)
+
+    def encode(self, w: Floats, scale: Floats, zero: Floats | None) -> Codes:
+        """Codes clip(rint(w / scale)), each on the grid that its flag (`zero`, 0 or 1; None: 0) tells."""
+        flag = np.float32(0) if zero is None else zero
+        most = self.narrow.hi + flag * np.float32(self.wide.hi - self.narrow.hi)
+        return np.clip(np.rint(w / scale), -most - 1, most).astype(self.wide.dtype)
+
+    def decode(self, codes: Codes, scale: Floats, zero: Floats | None) -> Floats:
+        """The numbers codes * scale, float32: flags only matter in the file."""
+        del zero
+        return codes.astype(np.float32) * scale
+
+    def with_bits(self, bits: int) -> Promoted:
+        """So many bits in ordinary groups, and as many more as now in promoted ones."""
+        return Promoted(bits, self.high + bits - self.bits, self.percent)
+
+    def storage(self, rows: int, columns: int, granularity: Granularity, symmetric: bool) -> tuple[int, int]:
+        """Stored bits of the codes, and of the flags of a [rows, columns] matrix.
+
+        Groups are stored whole, the last of a row filled up with zeros. Where none or all are promoted, the matrix is
+        stored as one of a single width.
+        """
+        scale_rows, per_row = granularity.grid(rows, columns)
+        groups = scale_rows * per_row
+        high = self.promoted(groups)
+        if high in (0, groups):
+            return (self.wide if high else self.narrow).storage(rows, columns, granularity, symmetric)
+        size = rows // scale_rows * granularity.group_size(columns)
+        codes = packed_bits((groups - high) * size, self.bits) + packed_bits(high * size, self.high)
+        return codes, packed_bits(groups, 1)
+
+    def __str__(self) -> str:
+        return f"int{self.bits}to{self.high}p{self.percent:g}"
