@@ -51,6 +51,10 @@ class BackendUnavailable(QcompilerError):
     """The target's toolchain is not usable on this machine."""
 
 
+class SolverUnavailable(QcompilerError):
+    """No integer solver is usable on this machine."""
+
+
 class OutputError(QcompilerError):
     """The output folder cannot be written: read-only, full disk, exists and is not ours."""
 

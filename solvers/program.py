@@ -39,6 +39,13 @@ def check_engine(engine: str) -> None:
         raise ValueError(f"unknown engine '{engine}': use highs or cbc")
 
 
+def installed() -> str | None:
+    """The integer solver that `run` takes: "highs", "cbc" where HiGHS is not usable, None where neither is."""
+    if pulp.HiGHS(msg=False).available():
+        return "highs"
+    return "cbc" if pulp.PULP_CBC_CMD(msg=False).available() else None
+
+
 def run(
     program: pulp.LpProblem,
     variables: dict[tuple[int, int], pulp.LpVariable],

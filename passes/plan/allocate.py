@@ -11,7 +11,7 @@ import numpy as np
 
 from qcompiler import registry
 from qcompiler.budget import Budget, bits_text, kept_sites, parse_budget
-from qcompiler.errors import BadOption
+from qcompiler.errors import BadOption, SolverUnavailable
 from qcompiler.formats.varied import plain
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
@@ -32,6 +32,7 @@ from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Progress
 from qcompiler.solvers.hull import path
 from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem, Solution, without_ties
+from qcompiler.solvers.program import installed
 from qcompiler.target import Backend
 
 _ACTIVATIONS: dict[str, Activations] = {"auto": "auto", "float": "float", "static": "static", "dynamic": "dynamic"}
@@ -117,9 +118,15 @@ class Allocate(Pass):
         return tuple(parse_budget(text) for text in self.budget)
 
     def foresee(self, model: Model) -> None:
-        """Refuse a budget in seconds where the target cannot measure them."""
-        del model
+        """Refuse a budget in seconds where the target cannot measure them; see that there is a solver."""
+        self.requires(model)
         require_clock(target_for(self.target, _ACTIVATIONS[self.activations]), self.budgets)
+
+    def requires(self, model: Model) -> None:
+        """Refuse to measure for a solver that is not there."""
+        del model
+        if installed() is None:
+            raise SolverUnavailable("no integer solver is usable (HiGHS, CBC)", "allocate", "pip install highspy")
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.plan`."""
