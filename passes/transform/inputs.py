@@ -85,7 +85,7 @@ def channel_reach(model: Model, axes: Mapping[str, int], percentile: float) -> d
     """
     if not 0 < percentile <= 100:
         raise BadOption(f"a percentile of {percentile} does not exist", fix="give more than 0, at most 100")
-    enough = _enough(model)
+    enough = enough_samples(model)
     if percentile == 100:
         return {name: s.absmax for name, s in channel_statistics(model, list(axes), axes, enough).items()}
     total: dict[str, Floats] = {}
@@ -102,8 +102,8 @@ def _arrays(model: Model, axes: Mapping[str, int], limit: int | None) -> Iterato
         yield from batch.items()
 
 
-def _enough(model: Model) -> int | None:
-    """Samples of integer inputs (text) that hold enough tokens; None, all samples, for other inputs."""
+def enough_samples(model: Model) -> int | None:
+    """Samples that say enough of activations: of integer inputs (text) some thousand tokens; None, all, of others."""
     for feeds in calibration_of(model).batches(1, 1):
         length = max((a.size for a in feeds.values() if np.issubdtype(a.dtype, np.integer)), default=0)
         return max(1, _TOKENS // length) if length else None

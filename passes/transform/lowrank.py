@@ -12,19 +12,20 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from qcompiler.errors import PassRefused, Refusal
 from qcompiler.formats import QuantSpec
 from qcompiler.formats.base import Floats
-from qcompiler.formats.fit import quantize
+from qcompiler.formats.fit import encode, fit
 from qcompiler.formats.varied import Undo
 from qcompiler.graph.branches import add_branch
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.gram import Gram, gram_bytes, grams
 from qcompiler.model import Model
+from qcompiler.passes.transform.inputs import enough_samples
 from qcompiler.progress import Progress
 from qcompiler.variants import Offer
 
 _BITS = 16  # of a stored number
 _SHARE = 8  # one bit for so many weights is what a correction may store
-_ROUNDS = 2  # of rounding what is left and correcting that
-_SAMPLES = 16
+_FITS = 3  # of scales to what is left
+_REPEATS = 5  # of rounding with these scales
 _GRAM_BYTES = 1 << 29  # alive at a time
 Factors = tuple[Floats, Floats]
 
@@ -73,7 +74,7 @@ class LowRank:
         reasons = {site: _unfit(site) for site in formats}
         fit = [site for site, reason in reasons.items() if reason is None]
         for chunk in _chunks(fit):
-            known = grams(model, chunk, _SAMPLES)
+            known = grams(model, chunk, enough_samples(model))
             for site in progress.track([site for site in chunk if site.name in known], "low-rank corrections"):
                 self._offered[site.name] = _correction(site, formats[site], known[site.name])
         tokens = {name: f"r{effect.rank}" for name, effect in self._offered.items()}
@@ -133,39 +134,53 @@ def _correction(site: Site, specs: Sequence[QuantSpec], gram: Gram) -> Correctio
 
 
 def _factors(matrix: Floats, spec: QuantSpec, moments: Floats, rank: int) -> Factors:
-    """U and V for one format."""
+    """U and V for one format.
+
+    W - U V is rounded anew, which makes an error anew, so U V is repeated until that changes little: for the same
+    scales and V, the directions of the input that matter, then for the scales that fit, then for the V that fits.
+    """
     left, right = np.zeros((len(matrix), rank), np.float32), np.zeros((rank, matrix.shape[1]), np.float32)
-    for _ in range(_ROUNDS):
-        rest = (matrix - left @ right).astype(np.float32)
-        error = (matrix - quantize(rest, spec, "mse").decode()).astype(np.float32)
-        found = _truncated(error, moments, rank)
-        if found is None:
-            break
-        left, right = found
+    for _ in range(_FITS):
+        rest = _less(matrix, left @ right)
+        scale, zero = fit(rest, spec, "mse")
+        error = _less(matrix, encode(rest, spec, scale, zero).decode())
+        right = _directions(error, moments, rank)
+        weighted = moments @ right.T
+        inverse = np.linalg.pinv(right @ weighted, rcond=1e-6, hermitian=True)
+        for _ in range(_REPEATS):
+            with np.errstate(over="ignore"):
+                left = (error @ weighted @ inverse).astype(np.float16).astype(np.float32)
+            if not np.isfinite(left).all():  # beyond float16
+                return np.zeros_like(left), np.zeros_like(right)
+            rest = _less(matrix, left @ right)
+            error = _less(matrix, encode(rest, spec, scale, zero).decode())
     return left, right
 
 
-def _truncated(error: Floats, moments: Floats, rank: int) -> Factors | None:
-    """The correction of least E||x (error - U V)^T||^2, in numbers of float16; None if it has none."""
+def _less(matrix: Floats, other: Floats) -> Floats:
+    return (matrix - other).astype(np.float32)
+
+
+def _directions(error: Floats, moments: Floats, rank: int) -> Floats:
+    """V float32 [rank, columns], numbers of float16: of U V that leaves the least E||x (error - U V)^T||^2.
+
+    With u the largest eigenvectors of error moments error^T that is u^T error; its rows are scaled to a largest
+    element of 1, for the range of float16.
+    """
 
     def apply(vector: Floats) -> Floats:
         return (error @ (moments @ (error.T @ vector))).astype(np.float32)
 
     rows = len(error)
-    operator = LinearOperator((rows, rows), matvec=apply, dtype=np.float32)  # type: ignore[call-arg]
     start = np.random.default_rng(0).normal(size=rows).astype(np.float32)
-    if not np.any(apply(start)):
-        return None
+    first = apply(start)
+    if not (np.any(first) and np.isfinite(first).all()):
+        return np.zeros((rank, error.shape[1]), np.float32)
+    operator = LinearOperator((rows, rows), matvec=apply, dtype=np.float32)  # type: ignore[call-arg]
     _, vectors = eigsh(operator, k=rank, v0=start, tol=1e-3)  # type: ignore[arg-type]
-    left = np.asarray(vectors, np.float32)
-    right = left.T @ error
-    # Both of about the same size: the range of float16 is small.
-    balance = np.float32(np.sqrt(np.abs(right).max(initial=0) / max(np.abs(left).max(initial=0), 1e-30)) or 1.0)
-    with np.errstate(over="ignore"):
-        stored = (left * balance).astype(np.float16), (right / balance).astype(np.float16)
-    if not all(np.isfinite(part).all() for part in stored):
-        return None
-    return stored[0].astype(np.float32), stored[1].astype(np.float32)
+    right = np.asarray(vectors, np.float32).T @ error
+    reach = np.abs(right).max(1, keepdims=True)
+    return np.divide(right, reach, out=np.zeros_like(right), where=reach > 0).astype(np.float16).astype(np.float32)
 
 
 def _row_scales(site: Site, original: ir.TensorProtocol) -> Floats:

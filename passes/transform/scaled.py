@@ -17,7 +17,7 @@ from qcompiler.graph.sites import Site
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.gram import Gram, gram_bytes, grams
 from qcompiler.model import Model
-from qcompiler.passes.transform.inputs import channel_reach, find_folds, layer_inputs
+from qcompiler.passes.transform.inputs import channel_reach, enough_samples, find_folds, layer_inputs
 from qcompiler.progress import Progress
 from qcompiler.variants import Offer
 
@@ -26,7 +26,6 @@ STRENGTHS = (-0.5, -0.25, 0.25, 0.5, 0.75, 1.0)  # below 0: what an earlier tran
 _NAME = "scaled"
 _SMALLEST = 1e-4
 _GAIN = 0.98  # of the error without scales: less is not worth an option
-_SAMPLES = 16
 _ROWS = 128  # of a weight matrix, to judge a strength
 _SEARCHED = 3  # bits: the format whose error is searched is the one nearest to this
 _GRAM_BYTES = 1 << 29  # alive at a time
@@ -92,7 +91,7 @@ class Scaled:
         effects: dict[str, Columns] = {}
         tokens: dict[str, str] = {}
         for chunk in _chunks(folds, readers):
-            known = grams(model, [site for fold in chunk for site in readers[fold]], _SAMPLES)
+            known = grams(model, [site for fold in chunk for site in readers[fold]], enough_samples(model))
             for fold in progress.track(chunk, "searching scales"):
                 found = _search(fold, readers[fold], reach[_label(fold)], formats, known)
                 if isinstance(found, Refusal):
