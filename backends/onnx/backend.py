@@ -13,7 +13,7 @@ import onnxruntime as ort
 from qcompiler.backends.onnx.fast_form import FastForm, fast_form
 from qcompiler.backends.onnx.session import OrtRunnable, optimized_operations, session_options, unfused
 from qcompiler.errors import BadOption, PassRefused
-from qcompiler.formats import Granularity, Int, PerChannel, PerGroup, QuantSpec, UInt
+from qcompiler.formats import Granularity, Int, PerChannel, PerGroup, Promoted, QuantSpec, UInt
 from qcompiler.graph.sites import Site
 from qcompiler.graph.storage import embed
 from qcompiler.measure.memory import give_back
@@ -57,9 +57,13 @@ class OnnxBackend:
             return f"dynamic activations are for MatMul and Gemm, not {site.op}"
         if plan.weight is None:
             return None
-        if not isinstance(plan.weight.format, Int | UInt):
-            return f"ONNX has no form for {plan.weight.format}"
-        return None if plan.weight.bits <= 8 else f"{plan.weight.bits} bits are more than this target stores"
+        fmt = plan.weight.format
+        if not isinstance(fmt, Int | UInt | Promoted):
+            return f"ONNX has no form for {fmt}"
+        if isinstance(fmt, Promoted) and not plan.weight.symmetric:
+            return "groups of two widths have no zero points"
+        width = fmt.high if isinstance(fmt, Promoted) else fmt.bits
+        return None if width <= 8 else f"{width} bits are more than this target stores"
 
     def compile(self, model: Model, folder: Path, progress: Progress) -> Compiled:
         """Write `model.ort.onnx`, with its weights in a file of their own if they are large.

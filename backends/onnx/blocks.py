@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.backends.onnx.emit import Emitter
 from qcompiler.backends.onnx.probe import BLOCKS
+from qcompiler.formats import Promoted
 from qcompiler.formats.packing import pack_plane
 from qcompiler.graph.functions import PackedWeight
 
@@ -52,17 +53,18 @@ class Blocks:
 
 def write_blocks(emit: Emitter, weight: PackedWeight, container: int, block: int) -> Blocks:
     """Put a weight into the graph, in its own width on disk and in `container` bits once a session is made."""
-    bits, blocks = weight.bits, -(-weight.columns // block)
+    bits, shape = weight.bits, (weight.rows, -(-weight.columns // block), block)
+    # Codes of a symmetric weight move to the middle of the container, which is what "no zero points" means.
+    if isinstance(weight.spec.format, Promoted):
+        codes = _repacked(emit, _merged(emit, weight, 1 << (container - 1)), container, shape, weight.columns)
+        return Blocks(codes, _scales(emit, weight, block), None, container, block)
     offset = 1 << (bits - 1) if weight.spec.format.signed else 0  # type: ignore[attr-defined]
     raw = (weight.codes().astype(np.int16) + offset).astype(np.uint8)
-    # Codes of a symmetric weight move to the middle of the container, which is what "no zero points" means.
     lift = (1 << (container - 1)) - (1 << (bits - 1)) if weight.zero is None else 0
     if bits == container:
-        codes = emit.constant(
-            pack_plane(_padded(raw, blocks * block).reshape(weight.rows, blocks, block), bits), "codes"
-        )
+        codes = emit.constant(pack_plane(_padded(raw, shape[1] * block).reshape(shape), bits), "codes")
     else:
-        codes = _repacked(emit, raw, bits, container, (weight.rows, blocks, block), lift)
+        codes = _repacked(emit, _plus(emit, emit.unpacked(raw, bits), lift), container, shape, weight.columns)
     zero = None
     if weight.zero is not None:
         each = _per_block(weight, weight.zero, block).astype(np.int16) + offset
@@ -74,14 +76,24 @@ def _padded(codes: Codes, columns: int) -> Codes:
     return np.pad(codes, [(0, 0), (0, columns - codes.shape[1])])
 
 
-def _repacked(emit: Emitter, raw: Codes, bits: int, container: int, shape: tuple[int, int, int], lift: int) -> ir.Value:
-    """Planes of `bits` on disk -> the container's bytes, by operations that are folded when a session is made."""
+def _merged(emit: Emitter, weight: PackedWeight, middle: int) -> ir.Value:
+    """Codes of two widths as the graph merges them, uint8 [rows, columns]; `middle` is added to them."""
+    codes = weight.dequantize.inputs[0]
+    assert codes is not None
+    if weight.layout == "columns-first":
+        codes = emit.node("Transpose", codes, perm=[1, 0])
+    return _plus(emit, emit.cast(codes, ir.DataType.UINT8), middle)  # two's complement: the sum comes out right
+
+
+def _plus(emit: Emitter, codes: ir.Value, number: int) -> ir.Value:
+    return emit.node("Add", codes, emit.constant(np.array([number], np.uint8), "lift")) if number else codes
+
+
+def _repacked(emit: Emitter, codes: ir.Value, container: int, shape: tuple[int, int, int], columns: int) -> ir.Value:
+    """uint8 [rows, columns] -> the container's bytes, by operations that are folded when a session is made."""
     rows, blocks, block = shape
-    codes = emit.unpacked(raw, bits)
-    if blocks * block != raw.shape[1]:
-        codes = emit.node("Pad", codes, emit.integers(0, 0, 0, blocks * block - raw.shape[1]))
-    if lift:
-        codes = emit.node("Add", codes, emit.constant(np.array([lift], np.uint8), "lift"))
+    if blocks * block != columns:
+        codes = emit.node("Pad", codes, emit.integers(0, 0, 0, blocks * block - columns))
     if container == 8:
         return emit.node("Reshape", codes, emit.integers(rows, blocks, block))
     pairs = emit.node("Reshape", codes, emit.integers(rows, blocks, block // 2, 2))

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import PassRefused
-from qcompiler.formats import Int, PerChannel, PerTensor, QTensor, UInt
-from qcompiler.formats.packing import pack
+from qcompiler.formats import Int, PerChannel, PerTensor, Promoted, QTensor, UInt
+from qcompiler.formats.packing import pack, pack_plane
 from qcompiler.graph import functions
+from qcompiler.graph.merged import MERGE, split_groups
 from qcompiler.graph.sites import Site
 
 _STORAGE = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -62,7 +63,7 @@ class StoredWeight:
         """A new node with one output of known type and shape."""
         name = f"{self.site.weight.name}_{suffix}"
         output = ir.val(name, dtype=dtype, shape=shape)
-        domain = functions.DOMAIN if op.startswith("Unpack") else ""
+        domain = functions.DOMAIN if op.startswith(("Unpack", MERGE)) else ""
         self.nodes.append(ir.node(op, inputs, attributes, domain=domain, name=f"{name}_node", outputs=[output]))
         return output
 
@@ -91,12 +92,12 @@ def store(site: Site, tensor: QTensor, opset: int) -> StoredWeight:
     out, spec = StoredWeight(site, opset), tensor.spec
     as_matrix = _needs_matrix(site, tensor)
     arrange = _Arrangement(site, as_matrix)
-    codes = out.integers(arrange.codes(tensor.codes), spec.format, "codes")  # type: ignore[arg-type]
+    codes = _merged(out, arrange, tensor) if isinstance(spec.format, Promoted) else _plain(out, arrange, tensor)
     scale = out.constant(
         arrange.per_group(tensor, tensor.scale).astype(_STORAGE.get(spec.scale_dtype, np.float32)), "scale"
     )
     inputs = [codes, _widened(out, scale)]
-    if tensor.zero is not None:
+    if tensor.zero is not None and not spec.symmetric:
         inputs.append(out.integers(arrange.per_group(tensor, tensor.zero), spec.format, "zero"))  # type: ignore[arg-type]
     shape = tensor.shape if as_matrix else site.shape
     value = out.apply("DequantizeLinear", inputs, "dequantized", ir.DataType.FLOAT, shape, arrange.attributes(tensor))
@@ -119,9 +120,17 @@ def store(site: Site, tensor: QTensor, opset: int) -> StoredWeight:
 
 
 def _as_lowered(site: Site, tensor: QTensor) -> QTensor:
-    """The same numbers in the form that the graph holds: a symmetric UInt as Int, one group a row as per channel."""
+    """The same numbers in the form that the graph holds: a symmetric UInt as Int, one group a row as per channel.
+
+    Where none or all of the groups are promoted, there is one width only.
+    """
     spec, fmt = tensor.spec, tensor.spec.format
-    if not isinstance(fmt, Int | UInt) or fmt.bits not in (2, 3, 4, 5, 6, 7, 8, 16):
+    if isinstance(fmt, Promoted):
+        fmt = _settled(site, tensor, fmt)
+        spec = replace(spec, format=fmt)
+        tensor = replace(tensor, zero=tensor.zero if isinstance(fmt, Promoted) else None)
+    width = fmt.high if isinstance(fmt, Promoted) else fmt.bits
+    if not isinstance(fmt, Int | UInt | Promoted) or width not in (2, 3, 4, 5, 6, 7, 8, 16):
         raise PassRefused(f"no ONNX form for weights of format {fmt}", site.name, "use int2 to int8 or uint2 to uint8")
     if isinstance(fmt, UInt) and tensor.zero is None:
         signed = Int(fmt.bits)
@@ -130,6 +139,18 @@ def _as_lowered(site: Site, tensor: QTensor) -> QTensor:
     if not isinstance(spec.granularity, PerTensor | PerChannel) and tensor.scale.shape == (tensor.shape[0], 1):
         spec = replace(spec, granularity=PerChannel())
     return replace(tensor, spec=spec)
+
+
+def _settled(site: Site, tensor: QTensor, fmt: Promoted) -> Promoted | Int:
+    """The format that holds just what is there."""
+    assert tensor.zero is not None
+    count, groups = int((tensor.zero > 0).sum()), tensor.zero.size
+    if count != fmt.promoted(groups) or not tensor.spec.symmetric:
+        what = f"{count} of {groups} groups are promoted, which is not what {tensor.spec} stores"
+        raise PassRefused(what, site.name, "round the weight with formats.fit")
+    if count in (0, groups):
+        return fmt.wide if count else fmt.narrow
+    return fmt
 
 
 def _needs_matrix(site: Site, tensor: QTensor) -> bool:
@@ -154,6 +175,17 @@ class _Arrangement:
 
     def codes(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return matrix if self.as_matrix else self.site.from_matrix(matrix)
+
+    def turn(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What [rows, columns] is reshaped to, and how that is transposed, to become the stored tensor."""
+        site = self.site
+        shape = (site.rows, site.columns) if self.as_matrix else site.shape
+        order = list(range(len(shape)))
+        if not self.as_matrix and site.layout == "columns-first":
+            order[-2:] = order[:-3:-1]
+        elif not self.as_matrix and site.layout == "conv-transpose":
+            order[:2] = 1, 0
+        return tuple(shape[axis] for axis in order), tuple(order)
 
     def per_group(self, tensor: QTensor, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Scales or zero points: scalar, [channels], or blocked with the rank of the stored codes."""
@@ -180,6 +212,28 @@ class _Arrangement:
             axis = 1 if blocked else 0
         size = tensor.spec.granularity.group_size(tensor.shape[1])
         return {"axis": axis, "block_size": size} if blocked else {"axis": axis}
+
+
+def _plain(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
+    """Codes of one width in their place."""
+    return out.integers(arrange.codes(tensor.codes), tensor.spec.format, "codes")  # type: ignore[arg-type]
+
+
+def _merged(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
+    """Codes of two widths, apart, and the function that puts them in their place."""
+    fmt, flags, columns = tensor.spec.format, tensor.zero, tensor.shape[1]
+    assert isinstance(fmt, Promoted)
+    assert flags is not None
+    size = tensor.spec.granularity.group_size(columns)
+    low, high = split_groups(tensor.codes, flags > 0, size)
+    inputs = [out.integers(low, fmt.narrow, "codes_low"), out.integers(high, fmt.wide, "codes_high")]
+    inputs.append(out.constant(pack_plane((flags > 0).reshape(-1), 1), "flags"))
+    out.functions.append(functions.merge_function(out.opset))
+    shape, perm = arrange.turn()
+    wide = [tensor.shape[0], flags.shape[1] * size]
+    attributes = {"wide": wide, "columns": [columns], "shape": list(shape), "perm": list(perm)}
+    stored = tuple(shape[axis] for axis in perm)
+    return out.apply(MERGE, inputs, "codes", ir.DataType.INT8, stored, attributes)
 
 
 def _widened(out: StoredWeight, scale: ir.Value) -> ir.Value:

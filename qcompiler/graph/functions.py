@@ -1,7 +1,7 @@
 """Model-local functions of domain "qcompiler", and the recognisers of what InsertQDQ wrote.
 
-ONNX has no tensor types of 3, 5, 6 and 7 bits (and of 2 bits only from opset 25 on), and no operation that
-quantizes every row with a scale of its own. Both are functions whose body is standard operations: any
+ONNX has no tensor types of 3, 5, 6 and 7 bits (and of 2 bits only from opset 25 on), none of two widths, and no
+operation that quantizes every row with a scale of its own. These are functions whose body is standard operations: any
 runtime runs them by inlining, our backends recognise them and put a kernel there.
 
 `read_weight` and `read_activation` are the only places where the pattern of the QDQ contract
@@ -11,7 +11,6 @@ runtime runs them by inlining, our backends recognise them and put a kernel ther
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,11 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from qcompiler.errors import BadModel
-from qcompiler.formats import PerTensor, QTensor, QuantSpec, parse_spec
-from qcompiler.formats.packing import plane_widths, unpack
+from qcompiler.formats import Promoted, QTensor, QuantSpec, parse_spec
+from qcompiler.formats.packing import plane_widths
+from qcompiler.graph.codes import DOMAIN, matrix_shape, read_flags, read_integers, read_per_group, stored_shape
+from qcompiler.graph.merged import MERGE_BODY, MERGE_SIGNATURE
 
-DOMAIN = "qcompiler"
 QUANTIZE_ROWS = "QuantizeRows"
 # Keys of `metadata_props` on the DequantizeLinear of a weight.
 SITE, LAYOUT, SPEC, GROUPS = "qcompiler.site", "qcompiler.layout", "qcompiler.spec", "qcompiler.groups"
@@ -111,6 +110,15 @@ def quantize_rows_function(opset: int) -> ir.Function:
     return _parse(f"{QUANTIZE_ROWS} (x) => (y)", _ROWS_BODY, opset)
 
 
+def merge_function(opset: int) -> ir.Function:
+    """`MergeGroups(low, high, flags) -> codes`: groups of two widths (see `qcompiler.graph.merged`) as int8 codes.
+
+    Its attributes are `wide`, the shape of the matrix with all groups whole; `columns`, how many of its columns are
+    kept; `shape`, what the matrix is then seen as; and `perm`, the transposition that follows.
+    """
+    return _parse(MERGE_SIGNATURE, MERGE_BODY, opset)
+
+
 def add_function(model: ir.Model, function: ir.Function) -> None:
     """Put a function into the model once, and import its domain."""
     model.functions.setdefault(function.identifier(), function)
@@ -133,7 +141,7 @@ class PackedWeight:
         shape: shape of the float tensor that its users see.
         rows, columns: of the matrix form.
         scale: float32 [scale rows, groups of columns].
-        zero: integer-valued float32 of the same shape, or None.
+        zero: integer-valued float32 of the same shape, or None; of a `Promoted` format its flags.
         dequantize: the DequantizeLinear node.
         output: the value that stands for the weight: of `dequantize`, or of the last node that shapes it.
         is_matrix: whether the codes are stored as [rows, columns] and brought into shape after `dequantize`.
@@ -154,12 +162,12 @@ class PackedWeight:
 
     @property
     def bits(self) -> int:
-        """Stored bits of one code."""
-        return self.spec.bits
+        """Stored bits of one code, of the widest if there are two widths."""
+        return self.spec.format.high if isinstance(self.spec.format, Promoted) else self.spec.bits
 
     def codes(self) -> npt.NDArray[Any]:
         """The codes as a matrix, int8 or uint8 [rows, columns]; read and unpacked at every call."""
-        tensor = _integers(self.dequantize.inputs[0])
+        tensor = read_integers(self.dequantize.inputs[0])
         if not self.is_matrix and self.layout == "columns-first":
             tensor = np.swapaxes(tensor, -1, -2)
         elif not self.is_matrix and self.layout == "conv-transpose":
@@ -184,13 +192,13 @@ def read_weight(value: ir.Value | None) -> PackedWeight | None:
     if len(tail) != int(facts[TAIL]):
         return None  # within the tail, or past it: a Transpose of the weight is an operation of the model
     spec, layout = parse_spec(facts[SPEC]), facts[LAYOUT]
-    stored = _shape(node.inputs[0])
+    stored = stored_shape(node.inputs[0])
     is_matrix = any(n.op_type == "Reshape" for n in tail)
-    shape = _shape(value) if is_matrix else stored
-    rows, columns = stored if is_matrix else _matrix_shape(stored, layout)
+    shape = stored_shape(value) if is_matrix else stored
+    rows, columns = stored if is_matrix else matrix_shape(stored, layout)
     form = (spec, layout if not is_matrix else "rows-first", rows)
-    scale = _per_group(node.inputs[1], *form)
-    zero = _per_group(node.inputs[2], *form) if not spec.symmetric else None
+    scale = read_per_group(node.inputs[1], *form)
+    zero = read_per_group(node.inputs[2], *form) if not spec.symmetric else read_flags(node.inputs[0])
     return PackedWeight(
         facts[SITE], spec, layout, int(facts[GROUPS]), shape, rows, columns, scale, zero, node, value, is_matrix
     )
@@ -231,64 +239,3 @@ def read_activation(value: ir.Value | None) -> StaticActivation | DynamicActivat
     if tensor is None:
         return StaticActivation(source, float(scale.numpy().item()), 0, ir.DataType.UINT8)
     return StaticActivation(source, float(scale.numpy().item()), int(tensor.numpy().item()), tensor.dtype)
-
-
-def _matrix_shape(shape: tuple[int, ...], layout: str) -> tuple[int, int]:
-    """(rows, columns) of a tensor that is stored in its own layout."""
-    if layout == "columns-first":
-        return prod(shape[:-2]) * shape[-1], shape[-2]
-    if layout == "conv-transpose":
-        return shape[1], shape[0] * prod(shape[2:])
-    return shape[0], prod(shape[1:])
-
-
-def _per_group(value: ir.Value | None, spec: QuantSpec, layout: str, rows: int) -> Floats:
-    """Scales or zero points as float32 [scale rows, groups]."""
-    array = np.asarray(_numbers(value), np.float32)
-    if isinstance(spec.granularity, PerTensor):
-        return array.reshape(1, 1)
-    if layout == "columns-first" and array.ndim > 1:
-        array = np.ascontiguousarray(np.swapaxes(array, -1, -2))
-    return array.reshape(rows, -1)
-
-
-def _numbers(value: ir.Value | None) -> npt.NDArray[Any]:
-    """Scales (perhaps behind a Cast) or zero points as they are stored."""
-    assert value is not None
-    node = value.producer()
-    if node is not None and node.op_type in ("Cast", "Squeeze"):
-        return _numbers(node.inputs[0])
-    return _integers(value) if node is not None else _tensor(value).numpy()
-
-
-def _integers(value: ir.Value | None) -> npt.NDArray[Any]:
-    """The integers of an initializer, or of an Unpack function, as an array of a plain numpy type."""
-    assert value is not None
-    node = value.producer()
-    if node is None:
-        tensor = _tensor(value)
-        wide = tensor.dtype.bitwidth > 8
-        return tensor.numpy().astype(f"{'int' if tensor.dtype.is_signed() else 'uint'}{16 if wide else 8}")
-    signed, bits, shape = "Signed" in node.op_type, int(node.op_type[-1]), _shape(value)
-    planes = [_tensor(plane).numpy() for plane in node.inputs if plane is not None]
-    codes = unpack(planes, bits, prod(shape)).reshape(shape)
-    return codes.astype(np.int8) - np.int8(1 << (bits - 1)) if signed else codes
-
-
-def _shape(value: ir.Value | None) -> tuple[int, ...]:
-    """The static shape of an initializer, of an Unpack function's codes or of a Reshape."""
-    assert value is not None
-    node = value.producer()
-    if node is not None and node.domain == DOMAIN:
-        return tuple(node.attributes["shape"].as_ints())
-    if value.const_value is not None:
-        return tuple(value.const_value.shape.numpy())
-    if value.shape is None or value.shape.is_dynamic():
-        raise BadModel("a quantized weight has lost its shape", where=str(value.name))
-    return tuple(value.shape.numpy())
-
-
-def _tensor(value: ir.Value) -> ir.TensorProtocol:
-    if value.const_value is None:
-        raise BadModel("a quantized weight has no constant codes or scales", where=str(value.name))
-    return value.const_value
