@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
-from qcompiler.formats import QTensor, parse_spec
+from qcompiler.errors import PassRefused
+from qcompiler.formats import Int, QTensor, parse_spec
 from qcompiler.formats.fit import quantize
 from qcompiler.formats.packing import pack
 from qcompiler.graph import functions
@@ -115,6 +116,61 @@ def test_every_site_and_spec_survives_lowering_saving_and_loading(kind: str, for
         ir.save(reference.ir, tmp_path / "float.onnx")
         want = run(tmp_path / "float.onnx", data)
         np.testing.assert_allclose(run(path, data), want, rtol=1e-6, atol=1e-6 * np.abs(want).max(), err_msg=text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int4to8p30-sym-g16-fp16", "int3to5p12.5-sym-g32-bf16", "int4to8p40-sym-channel-fp32",
+        "int2to4p25-sym-g16-fp16", "int4to6p50-sym-g7-fp16",
+    ],
+)  # fmt: skip
+def test_groups_of_two_widths_are_merged_bit_for_bit(kind: str, text: str, tmp_path: Path) -> None:
+    model, site, tensor = lower(kind, text)
+    path = tmp_path / "m.onnx"
+    ir.save(model.ir, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    read = functions.read_weight(weight_value(ir.load(path)))
+    assert read is not None
+    assert (read.rows, read.columns, read.shape) == (site.rows, site.columns, site.shape)
+    assert tensor.zero is not None
+    assert 0 < tensor.zero.sum() < tensor.zero.size
+    np.testing.assert_array_equal(read.zero, tensor.zero)
+    np.testing.assert_array_equal(read.codes(), tensor.codes)
+    np.testing.assert_array_equal(read.qtensor().decode(), tensor.decode())
+    held = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    assert held * 8 == tensor.stored_bits == read.qtensor().stored_bits
+
+    model.graph.outputs[:] = [weight_value(model.ir)]  # type: ignore[list-item]
+    model.graph.inputs[:] = []
+    for node in [n for n in model.graph if n.name == "op"]:
+        model.graph.remove(node, safe=False)
+    ir.save(model.ir, path)
+    np.testing.assert_array_equal(run(path, {}), site.from_matrix(tensor.decode()))
+
+
+@pytest.mark.parametrize("text", ["int4to8p1-sym-g32-fp16", "int4to8p99-sym-g32-fp16", "int3to5p10-sym-tensor-fp16"])
+def test_where_none_or_all_groups_are_promoted_there_is_one_width(text: str) -> None:
+    model, site, tensor = lower("matmul", text)
+    read = functions.read_weight(weight_value(model.ir))
+    assert read is not None
+    assert read.spec.format in (Int(3), Int(4), Int(8))
+    np.testing.assert_array_equal(read.qtensor().decode(), tensor.decode())
+    held = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    assert held * 8 == tensor.stored_bits == read.qtensor().stored_bits
+    assert tensor.stored_bits == tensor.spec.stored_bits(site.rows, site.columns)
+
+
+def test_other_flags_than_the_format_counts_are_refused() -> None:
+    model = one_site("matmul")
+    (site,) = find_sites(model.ir)
+    tensor = quantize(site.matrix(), parse_spec("int4to8p30-g16"))
+    assert tensor.zero is not None
+    tensor.zero = np.ones_like(tensor.zero)
+    model.plan, model.weights[site.name] = Plan({site.name: SitePlan(tensor.spec)}), tensor
+    with pytest.raises(PassRefused, match="18 of 18 groups are promoted, which is not what int4to8p30"):
+        InsertQDQ().run(model, Silent())
 
 
 @pytest.mark.parametrize("kind", ["matmul", "gather", "conv", "conv-transpose-grouped"])

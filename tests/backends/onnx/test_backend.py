@@ -110,6 +110,13 @@ FORMS = [
     ("conv", "uint4-asym-g32-fp16", "decoded"),
     ("conv", "uint3-asym-channel-fp16", "decoded"),
     ("conv", "int7-sym-tensor-fp32", "decoded"),
+    ("matmul", "int4to8p20-sym-g32-fp16", "decoded"),
+    ("matmul", "int3to4p30-sym-g32-fp16", "blocks4"),
+    ("matmul", "int2to4p30-sym-channel-fp32", "blocks4"),
+    ("gemm", "int2to3p30-sym-g32-bf16", "blocks4"),
+    ("gather", "int4to8p20-sym-g32-fp16", "gather8"),
+    ("gather", "int3to4p20-sym-g16-fp16", "gather4"),
+    ("conv", "int4to6p20-sym-g32-fp16", "decoded"),
 ]
 
 
@@ -122,7 +129,9 @@ def test_weight_only_forms_equal_the_qdq_graph(kind: str, spec: str, form: str, 
 
 
 @pytest.mark.parametrize("columns", [70, 100])
-@pytest.mark.parametrize("spec", ["uint4-asym-g32-fp16", "int3-sym-g32-fp16", "uint3-asym-channel-fp16"])
+@pytest.mark.parametrize(
+    "spec", ["uint4-asym-g32-fp16", "int3-sym-g32-fp16", "uint3-asym-channel-fp16", "int3to4p20-g32"]
+)
 def test_ragged_last_groups(columns: int, spec: str, tmp_path: Path) -> None:
     model = lowered("gemm", spec, shape=(24, columns), text=GEMM.replace("96", str(columns)))
     data = {"x": RNG.standard_normal((4, columns)).astype(np.float32)}
@@ -138,6 +147,8 @@ def test_ragged_last_groups(columns: int, spec: str, tmp_path: Path) -> None:
         ("uint3-asym-g32-fp16", "blocks4-int8"),
         ("uint2-asym-g32-fp16", "blocks4-int8"),
         ("uint8-asym-g32-fp16", "blocks8-int8"),
+        ("int4to8p20-sym-g32-fp16", "blocks8-int8"),
+        ("int2to4p20-sym-g32-fp16", "blocks4-int8"),
     ],
 )
 @pytest.mark.parametrize("kind", ["matmul", "gemm"])
@@ -151,7 +162,9 @@ def test_dynamic_activations_use_int8_kernels_within_the_declared_tolerance(
     assert "int8" in compiled.tolerance.reason
 
 
-@pytest.mark.parametrize("spec", ["int8-sym-channel-fp16", "int3-sym-channel-fp32", "int4-sym-tensor-bf16"])
+@pytest.mark.parametrize(
+    "spec", ["int8-sym-channel-fp16", "int3-sym-channel-fp32", "int4-sym-tensor-bf16", "int4to8p20"]
+)
 @pytest.mark.parametrize("kind", ["matmul", "gemm"])
 def test_dynamic_activations_with_one_scale_a_row_are_integer_products(kind: str, spec: str, tmp_path: Path) -> None:
     compiled, error = compile_and_compare(lowered(kind, spec, "dynamic"), kind, tmp_path)
@@ -169,7 +182,8 @@ def test_row_codes_are_shared_by_the_products_that_read_them(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "spec", ["int8-sym-channel-fp16", "int4-sym-channel-fp16", "int3-sym-tensor-fp32", "int8-sym-channel-fp32"]
+    "spec",
+    ["int8-sym-channel-fp16", "int4-sym-channel-fp16", "int3-sym-tensor-fp32", "int8-sym-channel-fp32", "int4to8p20"],
 )
 @pytest.mark.parametrize(("kind", "op"), [("conv", "QLinearConv"), ("gemm", "QGemm"), ("matmul", "QGemm")])
 def test_static_activations_become_integer_kernels(kind: str, op: str, spec: str, tmp_path: Path) -> None:
@@ -209,6 +223,8 @@ def test_static_activations_with_group_scales_stay_exact(tmp_path: Path) -> None
         ("uint4-asym-g32-fp16", "gather4+blocks4"),
         ("uint5-asym-g32-fp16", "decoded"),
         ("int8-sym-channel-fp32", "decoded"),
+        ("int2to4p20-sym-g32-fp16", "gather4+blocks4"),
+        ("int4to8p20-sym-g32-fp16", "decoded"),
     ],
 )
 def test_a_tied_table_is_written_once_and_serves_gather_and_product(spec: str, form: str, tmp_path: Path) -> None:
@@ -314,6 +330,9 @@ def test_what_is_not_supported_has_a_reason() -> None:
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(SHAPES["conv"], np.float32), "w"))
     (site,) = find_sites(ir.from_proto(proto))
     assert "dynamic activations are for MatMul" in str(OnnxBackend().supports(site, SitePlan(None, "dynamic")))
+    for text, reason in (("int8to12p10", "12 bits"), ("int4to8p10-asym", "no zero points")):
+        assert reason in str(OnnxBackend().supports(site, SitePlan(parse_spec(text))))
+    assert OnnxBackend().supports(site, SitePlan(parse_spec("int4to8p10-g16"))) is None
     assert "12 bits" in str(OnnxBackend().supports(site, SitePlan(parse_spec("int12"))))
     assert OnnxBackend().supports(site, SitePlan(None)) is None
     with pytest.raises(BadOption, match="unknown activation mode 'sometimes'"):
