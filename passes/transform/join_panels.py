@@ -20,6 +20,7 @@ from qcompiler.passes.transform.panel_graph import (
     remove_unread,
     split_value,
     undo_gather,
+    whole_name,
 )
 from qcompiler.pipeline import EXACT, Pass, PassReport
 from qcompiler.plan import Plan
@@ -44,22 +45,23 @@ class JoinPanels(Pass):
             raise PassRefused("the weights are rounded already", model.name, "put 'join-panels' before rounding")
 
     def run(self, model: Model, progress: Progress) -> PassReport:
-        """Join; metrics hold the sizes that are left, by the name of the matrix."""
+        """Join; metrics hold the sizes of the panels that are left, by the name of the matrix."""
         del progress
         cuts = find_cuts(model.graph, find_sites(model.ir))
         joined = [cut for cut in cuts if any(a == b for a, b in pairwise(_fates(model.plan, cut)))]
         wholes = {join_product(cut): cut for cut in joined}
         sites = [site for site in find_sites(model.ir) if site.node in wholes]
-        left: dict[str, list[int]] = {}
+        again: dict[str, list[int]] = {}
         for site in sites:
             cut = wholes[site.node]
             runs = _runs(_fates(model.plan, cut), cut.sizes)
             names = [f"{site.name}.panel{place}" for place in range(len(runs))] if len(runs) > 1 else [site.name]
             model.plan = _renamed(model.plan, cut, [first for first, _ in runs], names)
             if len(runs) > 1:
-                left[site.name] = [size for _, size in runs]
-        _cut_again(model.graph, [site for site in sites if site.name in left], left)
+                again[site.name] = [size for _, size in runs]
+        _cut_again(model.graph, [site for site in sites if site.name in again], again)
         gathers = _tidy(model, dict.fromkeys(cut.split for cut in joined))
+        left = {whole_name(cut): list(cut.sizes) for cut in find_cuts(model.graph, find_sites(model.ir))}
         metrics = {"panels": left, "gathers_undone": gathers}
         return PassReport(self.registered_name(), len(joined), metrics=metrics)
 

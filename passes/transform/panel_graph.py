@@ -103,6 +103,12 @@ def cut_product(graph: ir.Graph, site: Site, parts: Sequence[ir.Value]) -> None:
     drop(graph, [site.weight])
 
 
+def whole_name(cut: Cut) -> str:
+    """What a matrix in panels is called where its panels are not meant one by one."""
+    first = cut.sum.sites[0]
+    return first.name.removesuffix(".panel0") if _WHOLE in first.node.metadata_props else first.name
+
+
 def join_product(cut: Cut) -> ir.Node:
     """Put one product of the value that is split in place of panels and their sum; it is called what it was."""
     sites = cut.sum.sites
