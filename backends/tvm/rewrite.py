@@ -20,6 +20,7 @@ from qcompiler.backends.tvm.kernels import KernelSet
 from qcompiler.backends.tvm.layout import QUAD, Tiling
 from qcompiler.backends.tvm.parameters import Parameters
 from qcompiler.errors import BadModel
+from qcompiler.formats import Promoted
 from qcompiler.graph.functions import (
     DOMAIN,
     LAYOUT,
@@ -101,7 +102,7 @@ class Rewrite:
         return self._rows[source, kernel]
 
     def _gemm(self, node: ir.Node) -> None:
-        weight = read_weight(node.inputs[1])
+        weight = _packed(node.inputs[1])
         if weight is None:
             return
         transposed = node.attributes.get_int("transB", 0) == 1
@@ -120,7 +121,7 @@ class Rewrite:
         return self._emit(node, "Mul", [value, self._initializer(node, np.float32(factor))], {}, domain="")
 
     def _gather(self, node: ir.Node) -> None:
-        weight = read_weight(node.inputs[0])
+        weight = _packed(node.inputs[0])
         if weight is None or weight.layout != "rows-first" or node.attributes.get_int("axis", 0) != 0:
             return
         tiling, arrays = self.parameters.tiled(weight)
@@ -128,7 +129,7 @@ class Rewrite:
         self._replace(node, self._emit(node, "QcGather", [node.inputs[1], *arrays], attributes))
 
     def _conv(self, node: ir.Node) -> None:
-        weight = read_weight(node.inputs[1])
+        weight = _packed(node.inputs[1])
         if weight is None or conv_problem(node, weight) is not None:
             return
         geometry, spatial = geometry_of(node, weight)
@@ -208,9 +209,15 @@ class Rewrite:
                 value.const_value = ir.Tensor(tensor.numpy().copy(), tensor.dtype, name=tensor.name)
 
 
+def _packed(value: ir.Value | None) -> PackedWeight | None:
+    """The weight behind an input, if kernels know its kind of format: there are none for groups of two widths."""
+    weight = read_weight(value)
+    return None if weight is None or isinstance(weight.spec.format, Promoted) else weight
+
+
 def _product_weight(value: ir.Value | None) -> PackedWeight | None:
     """The weight [K, N] of a MatMul: stored so, or the transposition of a table [N, K]."""
-    weight = read_weight(value)
+    weight = _packed(value)
     if weight is not None:
         return weight if weight.layout == "columns-first" and len(weight.shape) == 2 else None
     node = value.producer() if value is not None else None
@@ -219,5 +226,5 @@ def _product_weight(value: ir.Value | None) -> PackedWeight | None:
     permutation = node.attributes.get("perm")
     if permutation is not None and list(permutation.as_ints()) != [1, 0]:
         return None
-    weight = read_weight(node.inputs[0])
+    weight = _packed(node.inputs[0])
     return weight if weight is not None and weight.layout == "rows-first" and len(weight.shape) == 2 else None

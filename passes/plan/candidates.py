@@ -10,12 +10,13 @@ import numpy as np
 
 from qcompiler import registry
 from qcompiler.errors import Refusal
-from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec
+from qcompiler.formats import Int, PerChannel, PerGroup, Promoted, QuantSpec
 from qcompiler.formats.fit import quantize
 from qcompiler.formats.scales import with_scales_that_fit
 from qcompiler.graph.sites import Site
 from qcompiler.graph.uncounted import uncounted_weights
 from qcompiler.model import Model
+from qcompiler.passes.plan.mixed import mixed_plans
 from qcompiler.plan import ActivationMode, SitePlan
 from qcompiler.progress import Progress
 from qcompiler.target import Backend
@@ -59,7 +60,12 @@ def target_for(name: str, activations: Activations) -> Backend:
 
 
 def menu(
-    backend: Backend, site: Site, bits: Sequence[int], group_sizes: Sequence[int], activations: Activations
+    backend: Backend,
+    site: Site,
+    bits: Sequence[int],
+    group_sizes: Sequence[int],
+    activations: Activations,
+    mixed: Sequence[Promoted] = (),
 ) -> Menu:
     """The options of a site on a target.
 
@@ -69,9 +75,11 @@ def menu(
         bits: widths to consider.
         group_sizes: offered beside the target's own wherever the target takes groups.
         activations: "auto" takes, for every weight format, the activation that the target names first.
+        mixed: formats of two widths to offer beside.
     """
     offered = [plan for plan in backend.candidates(site, bits) if plan.weight is not None]
     offered += [p for plan in offered for p in _regrouped(plan, group_sizes) if backend.supports(site, p) is None]
+    offered += mixed_plans(backend, site, offered, mixed)
     plans, refused = _with_activations(backend, site, with_fitting_scales(site, offered), activations)
     if not plans:
         plain = SitePlan(QuantSpec(Int(8), PerChannel(), True))
@@ -79,7 +87,7 @@ def menu(
         return Menu(site, (), (*refused, Refusal(site.name, f"stays float: {reason}")))
     first = {_storage(site, plan): plan for plan in reversed(plans)}  # the target names the fastest first
     ordered = sorted(first.values(), key=lambda plan: (site_bits(site, plan), str(plan.weight)))
-    return Menu(site, tuple(shortlist(site, ordered)), refused)
+    return Menu(site, tuple(shortlist(site, ordered, _MOST + len(mixed))), refused)
 
 
 def with_fitting_scales(site: Site, plans: Sequence[SitePlan]) -> list[SitePlan]:

@@ -19,6 +19,7 @@ pytest.importorskip("tvm")
 from qcompiler.backends.tvm.backend import CpuBackend
 from qcompiler.errors import BadModel, MissingExtra, PassRefused
 from qcompiler.formats import QTensor, parse_spec, spread
+from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model, StaticRange
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
@@ -231,6 +232,14 @@ def test_what_has_no_kernel_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert backend.supports(site(product), SitePlan(None)) is None
     assert "2 to 8 bits" in (backend.supports(site(product), SitePlan(parse_spec("int12-sym-channel-fp16"))) or "")
     assert "overflow" in (backend.supports(site(product), SitePlan(parse_spec("int4-sym-g20000-fp16"))) or "")
+    plan = SitePlan(parse_spec("int4to8p20-sym-g4-fp16"))
+    assert "not for int4to8p20" in (backend.supports(site(product), plan) or "")
+    assert plan.weight is not None
+    product.plan = Plan({site(product).name: plan})
+    product.weights[site(product).name] = quantize(site(product).matrix(), plan.weight)
+    InsertQDQ().run(product, Silent())
+    with pytest.raises(BadModel, match="no packed kernel"):
+        backend.compile(product, tmp_path, Silent())
 
 
 def test_every_candidate_is_supported_and_best_bits_come_first() -> None:
