@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from qcompiler.errors import PassRefused
 from qcompiler.formats.base import Floats
 from qcompiler.formats.fit import Method, quantize
 from qcompiler.graph.sites import Site, find_sites
+from qcompiler.measure.curvature import fisher
 from qcompiler.measure.segments import Segments
 from qcompiler.model import Model
 from qcompiler.passes.round.rows import input_rows
@@ -28,33 +30,43 @@ class Nearest(Pass):
 
     Attributes:
         clipping: "mse" searches the scales of least squared error, "minmax" covers every weight.
-        importance: "activations" weighs the errors of a column by the mean square of its input.
+        importance: "activations" weighs the errors of a column by the mean square of its input, "fisher" those of every
+            weight by the diagonal of the Fisher information (FGMP; needs the extra `torch`). Where a format has groups
+            of two widths, it also says which are promoted.
         samples: of the calibration data, for the importance.
     """
 
     clipping: Method = "mse"
-    importance: Literal["none", "activations"] = "none"
+    importance: Literal["none", "activations", "fisher"] = "none"
     samples: int = 32
 
     def requires(self, model: Model) -> None:
         """Refuse a lowered model, and importance without data."""
         if model.lowered:
             raise PassRefused("the model is lowered already", where=model.name)
-        if self.importance == "activations" and model.calibration is None:
-            raise PassRefused("importance by activations needs calibration data", where=model.name)
+        if self.importance != "none" and model.calibration is None:
+            raise PassRefused(f"importance by {self.importance} needs calibration data", where=model.name)
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.weights`."""
         sites = [site for site in find_sites(model.ir) if site.name in model.plan.sites]
-        powers = _powers(model, sites, self.samples) if self.importance == "activations" else {}
+        weights = self._importance(model, sites, progress)
         changed = 0
         for site in progress.track(sites, "Rounding"):
             spec = model.plan.sites[site.name].weight
             if spec is not None:
                 matrix = site.matrix()
-                model.weights[site.name] = quantize(matrix, spec, self.clipping, powers.get(site.name))
+                model.weights[site.name] = quantize(matrix, spec, self.clipping, weights(site))
                 changed += 1
         return PassReport(self.registered_name(), changed)
+
+    def _importance(self, model: Model, sites: list[Site], progress: Progress) -> Callable[[Site], Floats | None]:
+        """For a site the weights of its squared errors, if there are any."""
+        if self.importance == "fisher":
+            found = fisher(model, sites, samples=self.samples, progress=progress)
+            return lambda site: found.of(site) / (found.means[site.name].max() or np.float32(1))
+        powers = _powers(model, sites, self.samples) if self.importance == "activations" else {}
+        return lambda site: powers.get(site.name)
 
 
 def _powers(model: Model, sites: list[Site], samples: int) -> dict[str, Floats]:

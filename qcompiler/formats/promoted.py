@@ -65,6 +65,11 @@ class Promoted:
         """Of a promoted group."""
         return self.wide.code_range
 
+    @property
+    def average_bits(self) -> float:
+        """Bits of a code, over all groups."""
+        return self.bits + self.percent / 100 * (self.high - self.bits)
+
     def promoted(self, groups: int) -> int:
         """How many of so many groups are promoted: the nearest whole number, halves up."""
         return (round(100 * self.percent) * groups + 5000) // 10000

@@ -1,8 +1,8 @@
 """Bit operations: multiply-accumulates times the bits of both factors (HAWQ-V3, methods.md A4).
 
 The convention: one sample; products of weights only (MatMul, Gemm, Conv, ConvTranspose; looking rows up is none);
-weights count the bits of a code, scales and zero points not counted; quantized activations count 8 bits; a float
-factor counts the bits of its type, 32 for float32.
+weights count the bits of a code (the average of two widths), scales and zero points not counted; quantized activations
+count 8 bits; a float factor counts the bits of its type, 32 for float32.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from math import prod
 
 import onnx_ir as ir
 
+from qcompiler.formats import Promoted
 from qcompiler.graph.sites import Site
 from qcompiler.plan import SitePlan
 
@@ -33,9 +34,12 @@ def site_bops(site: Site, plan: SitePlan | None, macs: int) -> int:
     """Bit operations of a site under a plan; None: as it is, in float."""
     tensor = site.weight.const_value
     assert tensor is not None
-    weight = tensor.dtype.bitwidth if plan is None or plan.weight is None else plan.weight.bits
     rounded = plan is not None and plan.activation != "float"
-    return macs * weight * (_QUANTIZED if rounded else _activation_bits(site))
+    spec = None if plan is None else plan.weight
+    weight = tensor.dtype.bitwidth if spec is None else spec.bits
+    if spec is not None and isinstance(spec.format, Promoted):
+        weight = spec.format.average_bits
+    return round(macs * weight) * (_QUANTIZED if rounded else _activation_bits(site))
 
 
 def _activation_bits(site: Site) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import isotonic_regression
 
-from qcompiler.formats import QuantSpec
+from qcompiler.formats import Promoted, QuantSpec
 from qcompiler.formats.fit import quantize
 from qcompiler.formats.varied import VariedSpec
 from qcompiler.graph.sites import Site
@@ -304,8 +304,9 @@ def _monotone(site: Site, row: tuple[QuantSpec | None, ...], loss: Floats) -> Fl
     families: dict[tuple[object, ...], list[int]] = {}
     for index, spec in enumerate(row):
         if spec is not None:
-            variant = spec.variant if isinstance(spec, VariedSpec) else ""
-            family = (type(spec.format), spec.granularity, spec.symmetric, spec.scale_dtype, variant)
+            variant, fmt = spec.variant if isinstance(spec, VariedSpec) else "", spec.format
+            pair = (fmt.bits, fmt.high) if isinstance(fmt, Promoted) else ()  # of two widths, more may be promoted
+            family = (type(fmt), pair, spec.granularity, spec.symmetric, spec.scale_dtype, variant)
             families.setdefault(family, []).append(index)
     fitted = loss.copy()
     for members in families.values():
