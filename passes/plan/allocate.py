@@ -22,6 +22,7 @@ from qcompiler.passes.plan.decide import SEPARABLE, contenders, judge, reranked,
 from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
 from qcompiler.passes.plan.measured import Measured, require_clock
+from qcompiler.passes.plan.mixed import parse_mixed
 from qcompiler.passes.plan.pairs import SECONDS as PAIR_SECONDS
 from qcompiler.passes.plan.pairs import Pairs
 from qcompiler.passes.plan.path import solved_path
@@ -69,6 +70,8 @@ class Allocate(Pass):
             scales), "lowrank" (two small products beside a product).
         pairs: the width that every matrix in panels has on average, with as many columns at one bit more as at one less
             (SliM-LLM); by an integer program without terms between sites. 0: panels are free.
+        mixed_blocks: formats with groups of two widths to offer: "int4to8p10" (10 % of the groups at 8 bits), or a pair
+            "int4to8" with several shares, of which equal slope makes one threshold over all groups (FGMP).
         samples: calibration samples to measure with; 0: as many as the time allows.
         seconds: time that measuring may take.
     """
@@ -86,6 +89,7 @@ class Allocate(Pass):
     pareto: int = 0
     variants: tuple[str, ...] = ()
     pairs: int = 0
+    mixed_blocks: tuple[str, ...] = ()
     samples: int = 0
     seconds: float = 240.0
 
@@ -111,6 +115,8 @@ class Allocate(Pass):
         if self.method != "auto":
             registry.find("solvers", self.method)
         require_known(self.variants, self.loss, self.budgets)
+        if parse_mixed(self.mixed_blocks) and self.pairs:
+            raise BadOption("columns in pairs have whole widths", "allocate: mixed_blocks", "drop it, or pairs")
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -135,15 +141,17 @@ class Allocate(Pass):
         sites = find_sites(model.ir)
         kept = kept_sites(sites, self.keep)
         free = [site for site in sites if site.name not in kept]
-        menus = [menu(backend, site, self.bits, self.group_sizes, mode) for site in free]
+        mixed = parse_mixed(self.mixed_blocks)
+        menus = [menu(backend, site, self.bits, self.group_sizes, mode, mixed) for site in free]
         ties = self._tie_names(backend, model, free)
         pairs = Pairs.of(model, free, self.pairs)
-        menus, variants = varied(model, [pairs.narrowed(m) for m in menus], self.variants, ties, progress)
-        menus, groups, refused = tied(menus, ties)
+        menus, groups, refused = tied([pairs.narrowed(m) for m in menus], ties)
         ledger = Ledger.of(model, sites, menus, kept)
         stored = [budget for budget in self.budgets if budget.stored]
         ledger.require_feasible(stored, groups)
         require_together(ledger, stored, groups)
+        menus, variants = varied(model, menus, self.variants, ties, progress)
+        ledger = replace(ledger, menus=tuple(m for m in menus if m.plans))
         timing = Measured(model, backend, sites, self.budgets, progress)
         ledger = timing.price(ledger, groups)
         ledger.require_feasible(self.budgets, groups)

@@ -146,10 +146,17 @@ class Variants:
 def varied(
     model: Model, menus: list[Menu], names: Sequence[str], ties: Sequence[tuple[str, ...]], progress: Progress
 ) -> tuple[list[Menu], Variants]:
-    """The menus with the transforms that may be had, by name; `ties` are the sites that share one decision."""
+    """The menus with the transforms that may be had, by name.
+
+    Args:
+        model: float, with calibration data.
+        menus: plain, tied already.
+        names: of the transforms.
+        ties: the sites that share one decision.
+        progress: shows how far.
+    """
     if not names:
         return menus, Variants()
-    menus, _, _ = tied(menus, ties)  # first, so that transforms see the formats that are decided on
     variants = Variants.ask(names, model, menus, progress)
     menus, _, _ = tied([variants.extend(m) for m in menus], ties)
     return variants.complete(menus), variants

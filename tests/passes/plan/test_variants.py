@@ -15,7 +15,7 @@ from onnx import helper
 import qcompiler as qc
 from qcompiler import registry
 from qcompiler.budget import bits_per_weight, lowered_bytes, stored_bytes
-from qcompiler.errors import BadOption
+from qcompiler.errors import BadOption, BudgetInfeasible
 from qcompiler.formats import QuantSpec, parse_spec
 from qcompiler.formats.fit import quantize
 from qcompiler.formats.varied import VariedSpec, effective
@@ -245,6 +245,14 @@ def test_names_and_budgets_that_mean_nothing_are_refused(options: dict[str, Any]
         Allocate(**options)
 
 
+def test_a_budget_that_no_format_fits_is_refused_before_transforms_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qcompiler.passes.transform.scaled.grams", lambda *_: pytest.fail("measured in vain"))
+    with pytest.raises(BudgetInfeasible, match="the smallest feasible budget is"):
+        allocated(block(20.0), ("scaled", "lowrank"), "1.5bits")
+
+
 def test_plans_remember_variants_and_old_ones_are_read() -> None:
     plan = Plan({"a": SitePlan(SPEC, "dynamic", "scaled"), "b": SitePlan(None)})
     assert Plan.from_json(plan.to_json()) == plan
@@ -280,6 +288,8 @@ def test_artifacts_with_variants(target: str, make: Any, tmp_path: Path, monkeyp
                         output=str(tmp_path / "small.qc"))  # fmt: skip
     assert (result.bits_per_weight or 9) <= 3.6
     loaded = qc.load(tmp_path / "small.qc")
+    taken = {site.get("variant") for site in loaded.manifest["plan"]["sites"].values()}
+    assert ("scaled" if make is not dominated else "lowrank") in taken
     assert loaded.run(data[0])["y"].shape[0] == 8
     reference = Runner(model.ir)(data[0])["y"]
     error = np.square(loaded.run(data[0])["y"] - reference).sum() / np.square(reference).sum()
