@@ -245,7 +245,7 @@ def test_names_and_budgets_that_mean_nothing_are_refused(options: dict[str, Any]
         Allocate(**options)
 
 
-def test_a_budget_that_no_format_fits_is_refused_before_transforms_are_looked_at(
+def test_a_budget_that_no_format_fits_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("qcompiler.passes.transform.scaled.grams", lambda *_: pytest.fail("measured in vain"))
