@@ -18,7 +18,9 @@ from qcompiler.solvers.messages import bound
 from qcompiler.solvers.pairs import PairProblem
 from qcompiler.solvers.problem import Problem, Solution, separable
 
-_TOLERANCE = 1e-9  # relative; integer solvers prove an optimum to 1e-6 of the largest spread of losses in a unit
+_TOLERANCE = 1e-9  # relative
+_PROVEN = 1e-6  # of the largest spread of losses in a unit or of a pair: how far integer solvers prove an optimum
+_ROUNDING = 1e-14  # of the sum of all that is added up, where much of it cancels
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def check(problem: Problem, solution: Solution) -> Certificate:
     objective = problem.objective(choice)
     used = {name: problem.used(choice, name) for name in problem.costs}
     proven = _proven(problem, solution)
-    slack = _TOLERANCE * max(abs(objective), abs(solution.bound), 1e-300)
+    slack = _TOLERANCE * max(abs(objective), abs(solution.bound), 1e-300) + _ROUNDING * _magnitude(problem)
     faults = [f"{n}: {used[n]:.17g} is over {b:.17g}" for n, b in problem.budgets.items() if used[n] > b]
     faults += [f"units {group} differ" for group in problem.ties if len({int(choice[u]) for u in group}) > 1]
     if not math.isfinite(objective):
@@ -90,8 +92,19 @@ def check(problem: Problem, solution: Solution) -> Certificate:
         faults.append(f"the loss is {objective:.17g}, not {solution.objective:.17g}")
     if solution.bound > objective + slack:
         faults.append("the bound is above the loss of a feasible choice")
-    spread = np.ptp(np.where(problem.allowed, problem.loss, problem.loss.min(axis=1, keepdims=True)), axis=1)
-    if solution.status == "optimal" and objective - solution.bound > 1e3 * slack + 1e-6 * spread.max(initial=0):
+    if solution.status == "optimal" and objective - solution.bound > 1e3 * slack + _PROVEN * _spread(problem):
         faults.append("called optimal, but the bound is lower")
     proof = "dual" if solution.bound <= proven + slack else "solver"
     return Certificate(objective, used, proven, tuple(faults), proof)
+
+
+def _magnitude(problem: Problem) -> float:
+    """The largest sum of absolute losses and of the terms between units that a loss can be added up from."""
+    own = float(np.abs(np.where(problem.allowed, problem.loss, 0.0)).max(axis=1, initial=0.0).sum())
+    return own if problem.cross is None else own + 0.5 * float(abs(problem.cross).sum())
+
+
+def _spread(problem: Problem) -> float:
+    """The largest difference that one unit's own losses, or the terms of one pair, can make."""
+    own = np.ptp(np.where(problem.allowed, problem.loss, problem.loss.min(axis=1, keepdims=True)), axis=1)
+    return max(float(own.max(initial=0)), 0.0 if problem.cross is None else 2 * float(abs(problem.cross).max()))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import tempfile
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
@@ -75,7 +78,7 @@ def run(
         cbc = pulp.PULP_CBC_CMD(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1)
         if not cbc.available():
             raise ValueError("no integer solver is installed: pip install highspy")
-        program.solve(cbc)
+        _solve_outside(program, cbc)
         bound = math.nan
     optimal = program.sol_status == pulp.LpSolutionOptimal
     infeasible = program.sol_status == pulp.LpSolutionInfeasible and program.status == pulp.LpStatusInfeasible
@@ -87,3 +90,24 @@ def run(
     for key, variable in variables.items():
         share[key] = variable.varValue or 0.0
     return Answer(share.argmax(axis=1), bound, optimal, False)
+
+
+def _solve_outside(program: pulp.LpProblem, solver: Any) -> None:
+    """Solve by a program of its own, which ends with us and whose files go away, even when we are interrupted."""
+    with tempfile.TemporaryDirectory(prefix="qcompiler-program-") as folder:
+        solver.tmpDir = folder
+        try:
+            program.solve(solver)
+        except BaseException as error:
+            _end_processes(error.__traceback__)
+            raise
+
+
+def _end_processes(trace: TracebackType | None) -> None:
+    """Kill what the frames of a traceback have started: PuLP neither ends its process nor hands it out."""
+    while trace is not None:
+        for value in trace.tb_frame.f_locals.values():
+            if isinstance(value, subprocess.Popen) and value.pid:
+                value.kill()
+                value.wait()
+        trace = trace.tb_next
