@@ -122,7 +122,8 @@ def _print_plan(result: CompileResult) -> None:
             *_bits(result),
             ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}"),
             ("predicted loss", brief(result.predicted_loss)),
-            ("gap to the bound", brief(result.gap, ".2%")),
+            *_proven(result),
+            *_times(result),
             ("peak memory expected", size(result.peak_rss_bytes)),
         ]
     )
@@ -138,6 +139,32 @@ def _bits(result: CompileResult) -> list[tuple[str, str]]:
         more = f", and {len(left) - 1} more" if len(left) > 1 else ""
         stored = size(sum(weight.bytes for weight in left))
         facts.append(("not in the average", f"{stored} of float weights: '{left[0].where}' ({left[0].reason}){more}"))
+    return facts
+
+
+def _proven(result: CompileResult) -> list[tuple[str, str]]:
+    """How far the predicted loss may be from the least possible one."""
+    from qcompiler.report.decision import decision
+
+    found = decision(result.reports, result.plan.solution)
+    plain = ", terms between layers left out" if found is not None and found["plain"] else ""
+    return [("gap to the bound", brief(result.gap, ".2%") + plain)]
+
+
+def _times(result: CompileResult) -> list[tuple[str, str]]:
+    """What the latency budgets came to; nothing without any."""
+    from qcompiler.report.decision import latencies
+
+    facts: list[tuple[str, str]] = []
+    for found in latencies(result.reports):
+        name = "time of a run" if found["samples"] == 1 else f"time of {found['samples']} samples"
+        took = f"{found['measured'] * 1e3:.4g} ms measured, budget {found['budget'] * 1e3:.4g} ms"
+        if found["same_as_by_bops"]:
+            beside = "the same allocation as by bit operations"
+        else:
+            faster = "faster" if found["faster_than_by_bops"] else "NOT faster"
+            beside = f"{faster} than the allocation by bit operations ({found['by_bops'] * 1e3:.4g} ms)"
+        facts.append((name, f"{took}; {beside}"))
     return facts
 
 
@@ -167,9 +194,9 @@ def _print_summary(result: CompileResult) -> None:
     if fidelity["top1_agreement"] is not None:
         answer = f"{fidelity['top1_agreement']:.1%}, KL {brief(fidelity['kl'])}"
         facts.append(("same top-1 answer", f"{answer}{of_outputs(kinds, class_output(kinds))}"))
-    if result.gap is not None:
-        facts.append(("gap to the bound", f"{result.gap:.2%}"))
     facts += [
+        *(_proven(result) if result.gap is not None else []),
+        *_times(result),
         ("verified", f"in a fresh process, for target {result.target}"),
         ("took", f"{result.seconds:.0f} s, peak memory {size(result.peak_rss_bytes)}"),
         ("artifact", str(result.artifact)),
