@@ -15,16 +15,17 @@ from qcompiler.errors import BadOption, Refusal
 from qcompiler.graph.folds import Fold, find_fold
 from qcompiler.graph.panels import is_plain
 from qcompiler.graph.sites import Site, find_sites
-from qcompiler.measure.gram import grams
+from qcompiler.measure.gram import gram_bytes, grams
 from qcompiler.measure.proxy import column_costs, inverse_squares, saliences
 from qcompiler.model import Model
-from qcompiler.passes.transform.inputs import require_float
+from qcompiler.passes.transform.inputs import enough_samples, require_float
 from qcompiler.passes.transform.panel_graph import cut_product, gather_columns, split_value
 from qcompiler.passes.transform.panel_sizes import Sizes, best_sizes, equal_sizes
 from qcompiler.pipeline import EXACT, Pass, PassReport
 from qcompiler.progress import Progress
 
 Floats = npt.NDArray[np.float64]
+_CHUNK_BYTES = 1 << 29  # of Gram matrices at a time
 _INDEX_BITS = 32  # of a Gather
 _SIZE_BITS = 64  # of a Split, for each panel
 
@@ -51,7 +52,6 @@ class SplitPanels(Pass):
         gain: bits a weight that each panel must be worth by the closed form, for the cut "costs".
         least: columns that a matrix must have to be cut.
         keep: sites that are to stay float, and whole: globs on their names, or "embeddings".
-        samples: of the calibration data, at most.
     """
 
     contract: ClassVar[Literal["exact", "lossy"]] = EXACT
@@ -63,14 +63,13 @@ class SplitPanels(Pass):
     gain: float = 0.02
     least: int = 128
     keep: tuple[str, ...] = ()
-    samples: int = 64
 
     def __post_init__(self) -> None:
         if self.order not in ("costs", "salience", "none") or self.cut not in ("costs", "equal"):
             what = f"order cannot be '{self.order}' with cut '{self.cut}'"
             raise BadOption(what, "pass 'split-panels'", "use costs, salience or none; and costs or equal")
-        if self.panels < 2 or self.align < 1 or self.gain < 0 or self.samples < 1:
-            raise BadOption("panels must be 2 or more, align and samples 1 or more, gain 0 or more", "split-panels")
+        if self.panels < 2 or self.align < 1 or not self.gain >= 0:
+            raise BadOption("panels must be 2 or more, align 1 or more, gain 0 or more", "pass 'split-panels'")
 
     def requires(self, model: Model) -> None:
         """Float weights, and calibration data unless nothing is asked of it."""
@@ -104,6 +103,8 @@ class SplitPanels(Pass):
             return f"its weight is used by {len(site.users)} operations"
         if not is_plain(site):
             return "it is no single matrix that is read as it is stored"
+        if site.branch:
+            return "it has a low-rank correction beside it"
         if site.columns < max(self.least, 2 * self.align):
             return f"it has {site.columns} columns only"
         if site.activation is None or site.activation.shape is None or site.weight.is_graph_output():
@@ -114,11 +115,12 @@ class SplitPanels(Pass):
         """Shares of the cost of each column, summed over all that read a value; empty where nobody asks."""
         if self.order == "none" and self.cut == "equal":
             return {}
-        found = grams(model, [group[0] for group in readers.values()], self.samples)
         costs: dict[ir.Value, Floats] = {}
-        for value, group in readers.items():
-            curvature = _curvature(found[group[0].name].matrix)
-            costs[value] = np.sum([self._shares(site, curvature) for site in group], axis=0)
+        for chunk in _chunks(readers):
+            found = grams(model, [readers[value][0] for value in chunk], enough_samples(model))
+            for value in chunk:
+                curvature = _curvature(found[readers[value][0].name].matrix)
+                costs[value] = np.sum([self._shares(site, curvature) for site in readers[value]], axis=0)
         return costs
 
     def _shares(self, site: Site, curvature: Floats) -> Floats:
@@ -162,6 +164,20 @@ def _by_value(sites: Iterable[Site]) -> dict[ir.Value, list[Site]]:
         assert site.activation is not None
         readers.setdefault(site.activation, []).append(site)
     return readers
+
+
+def _chunks(readers: Mapping[ir.Value, Sequence[Site]]) -> list[list[ir.Value]]:
+    """The values in parts whose Gram matrices fit into memory together."""
+    parts: list[list[ir.Value]] = []
+    room = 0
+    for value, group in readers.items():
+        size = gram_bytes(group[:1])
+        if size > room:
+            parts.append([])
+            room = _CHUNK_BYTES
+        parts[-1].append(value)
+        room -= size
+    return parts
 
 
 def _curvature(gram: npt.NDArray[np.float32]) -> Floats:

@@ -177,7 +177,7 @@ def test_what_is_not_cut_is_refused_with_a_reason() -> None:
 
 
 def test_bad_options_and_rounded_models_are_refused() -> None:
-    for options in ({"panels": 1}, {"align": 0}, {"order": "size"}, {"cut": "half"}, {"samples": 0}):
+    for options in ({"panels": 1}, {"align": 0}, {"order": "size"}, {"cut": "half"}, {"gain": float("nan")}):
         with pytest.raises(BadOption):
             SplitPanels(**options)  # type: ignore[arg-type]
     model = two_layers()
@@ -304,19 +304,21 @@ def test_gptq_lets_panels_make_up_for_each_other(widths: tuple[int, ...]) -> Non
 
 
 def compiled_errors(spread: float, target: str, folder: Path) -> dict[str, float]:
-    """Relative squared errors of artifacts of at most 30 kB with and without panels."""
+    """Relative squared errors of artifacts without panels, and with panels in no more bytes than these take."""
     model = two_layers(spread, hidden=384)
     x = next(iter(model.calibration.batches(64)))["x"]  # type: ignore[union-attr]
     exact = outputs(model, x)
     ends: list[Pass] = [GPTQ(), BiasCorrection(), InsertQDQ()]
     plan = Allocate(bits=(2, 3, 4, 6), samples=16, rerank=1)
     errors: dict[str, float] = {}
+    limit = 30000
     for name, passes in {"whole": [plan], "panels": [SplitPanels(least=96), plan, JoinPanels()]}.items():
         result = qcompiler.compile(
-            model, target, "30000B", model.calibration, Pipeline([*passes, *ends]), output=folder / f"{name}.qc",
+            model, target, f"{limit}B", model.calibration, Pipeline([*passes, *ends]), output=folder / f"{name}.qc",
             activations="float",
         )  # fmt: skip
-        assert 29000 < result.stored_bytes <= 30000
+        assert 0.85 * limit < result.stored_bytes <= limit
+        limit = result.stored_bytes
         found = result.run({"x": x})["y"]
         errors[name] = float(np.square(found - exact).sum() / np.square(exact).sum())
     return errors
@@ -325,9 +327,9 @@ def compiled_errors(spread: float, target: str, folder: Path) -> dict[str, float
 @pytest.mark.parametrize("target", ["onnx", "cpu"])
 def test_panels_gain_at_equal_bytes_where_columns_differ(target: str, tmp_path: Path) -> None:
     errors = compiled_errors(6.0, target, tmp_path)
-    assert errors["panels"] < 0.6 * errors["whole"]
+    assert errors["panels"] < 0.75 * errors["whole"]
 
 
 def test_panels_gain_little_where_columns_are_alike(tmp_path: Path) -> None:
     errors = compiled_errors(0.0, "onnx", tmp_path)
-    assert errors["panels"] > 0.8 * errors["whole"]
+    assert errors["panels"] > 0.9 * errors["whole"]
