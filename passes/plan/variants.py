@@ -18,7 +18,7 @@ from qcompiler.passes.plan.candidates import Menu, site_bits
 from qcompiler.passes.plan.ties import tied
 from qcompiler.plan import SitePlan
 from qcompiler.progress import Progress
-from qcompiler.solvers.problem import Problem
+from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem
 from qcompiler.solvers.solve import solve
 from qcompiler.variants import Offer, Variant
 
@@ -111,13 +111,16 @@ class Variants:
         if not groups:
             return loss
         free = replace(problem, cross=None)
-        prices = solve(free, deadline=_SECONDS).multipliers
+        try:
+            prices = solve(free, deadline=_SECONDS).multipliers
+        except (InfeasibleProblem, NoChoiceFound):
+            return loss  # whoever solves the problem says so
         priced = loss + sum((price * free.costs[name] for name, price in prices.items()), np.zeros_like(loss))
         for variant, units in groups:
             sides = [(unit, *_sides(menus[unit], variant, loss.shape[1])) for unit in units]
             on = sum(float(priced[unit][with_it].min()) for unit, with_it, _ in sides)
             off = sum(float(priced[unit][without].min()) for unit, _, without in sides)
-            for unit, with_it, without in sides:
+            for unit, with_it, without in sides if min(on, off) < np.inf else ():
                 loss[unit, ~(with_it if on < off else without)] = np.inf
         return loss
 

@@ -27,10 +27,13 @@ from qcompiler.measure.true_loss import TrueLoss
 from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.plan.allocate import Allocate
+from qcompiler.passes.plan.candidates import Menu
+from qcompiler.passes.plan.variants import Variants, variant_of
 from qcompiler.passes.round.nearest import Nearest
 from qcompiler.pipeline import Pipeline
 from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Silent
+from qcompiler.solvers.problem import Problem
 from qcompiler.variants import Offer, Variant
 from tests.passes.round.small_models import build
 
@@ -162,6 +165,26 @@ def test_scales_are_taken_where_channels_stand_out_and_by_all_readers() -> None:
     rows = {row["site"]: row for row in found["sites"]}
     assert rows["gate"]["variant"] == "scaled"
     assert "scaled" not in rows["gate"]["spec"]
+
+
+@pytest.mark.parametrize(("gains", "taken"), [((8.0, -1.0), True), ((1.0, -8.0), False), ((0.0, 0.0), False)])
+def test_readers_of_one_value_take_one_side_at_the_prices_of_the_problem(gains: tuple[float, ...], taken: bool) -> None:
+    """By what each of two sites gains at 3 bits; 8 bits, which one of them may take, go with both sides."""
+    model = block(12.0)
+    variant, offered, sites = offer(model, "scaled")
+    wide = SitePlan(parse_spec("int8-sym-channel-fp16"))
+    menus = [Menu(sites["gate"], (SitePlan(SPEC), wide)), Menu(sites["up"], (SitePlan(SPEC),))]
+    variants = Variants({"scaled": variant}, {"scaled": replace(offered, together=[("gate", "up")])})
+    menus = variants.complete([variants.extend(m) for m in menus])
+    assert [[variant_of(plan) for plan in m.plans] for m in menus] == [["", "scaled", ""], ["", "scaled"]]
+    loss = [[10.0, 10.0 - gains[0], 9.0], [10.0, 10.0 - gains[1]]]
+    costs = [[float(bits) for bits in m.bits()] for m in menus]
+    room = costs[0][0] + costs[1][0]
+    found = variants.settle(menus, Problem.ragged(loss, {"bits": costs}, {"bits": room}))
+    side = 1 if taken else 0
+    assert found[0, [side, 2]].tolist() == [loss[0][side], 9.0]
+    assert found[1, side] == loss[1][side]
+    assert np.isinf(found[:, 1 - side]).all()
 
 
 def test_what_does_not_pay_is_left() -> None:
