@@ -72,9 +72,11 @@ def _added_to(value: ir.Value, rows: int) -> tuple[ir.Node, int] | None:
 def _bias_within(value: ir.Value | None) -> tuple[ir.Node, int] | None:
     """The bias of another product in the same sum."""
     producer = None if value is None else value.producer()
-    if value is None or producer is None or _only_sum(value) is None or producer.op_type != "Gemm":
+    if value is None or producer is None or _only_sum(value) is None:
         return None
-    return _own_bias(producer)
+    if producer.op_type == "Add" and not producer.domain:
+        return next((found for term in producer.inputs if (found := _bias_within(term)) is not None), None)
+    return _own_bias(producer) if producer.op_type == "Gemm" else None
 
 
 def _only_sum(value: ir.Value) -> ir.Node | None:

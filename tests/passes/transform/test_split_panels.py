@@ -14,6 +14,7 @@ from onnxruntime import InferenceSession
 
 import qcompiler
 from qcompiler.budget import stored_bytes
+from qcompiler.build.recipe import Options, fill
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.formats import QTensor, parse_spec
@@ -24,11 +25,13 @@ from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.plan.allocate import Allocate
 from qcompiler.passes.round.bias_correction import BiasCorrection
 from qcompiler.passes.round.gptq import GPTQ
+from qcompiler.passes.round.nearest import Nearest
 from qcompiler.passes.transform.join_panels import JoinPanels
 from qcompiler.passes.transform.panel_sizes import best_sizes, equal_sizes
 from qcompiler.passes.transform.split_panels import SplitPanels
 from qcompiler.pipeline import Pass, PassReport, Pipeline
 from qcompiler.plan import Plan, SitePlan
+from qcompiler.progress import Silent
 from tests.graph.architectures import ARCHITECTURES, feeds_for, inject_outliers
 from tests.passes.round.small_models import build
 
@@ -271,7 +274,7 @@ def test_sums_are_of_products_only() -> None:
 
 
 def relative_error(model: Model, x: np.ndarray, exact: np.ndarray) -> float:
-    InsertQDQ().run(model, qcompiler.progress.Silent())  # type: ignore[attr-defined]
+    InsertQDQ().run(model, Silent())
     return float(np.square(outputs(model, x) - exact).sum() / np.square(exact).sum())
 
 
@@ -333,3 +336,37 @@ def test_panels_gain_at_equal_bytes_where_columns_differ(target: str, tmp_path: 
 def test_panels_gain_little_where_columns_are_alike(tmp_path: Path) -> None:
     errors = compiled_errors(0.0, "onnx", tmp_path)
     assert errors["panels"] > 0.9 * errors["whole"]
+
+
+@pytest.mark.parametrize("kind", ["MatMul", "Gemm"])
+def test_panels_are_corrected_in_the_bias_of_their_sum(kind: str) -> None:
+    model = two_layers(kind=kind)
+    x = next(iter(model.calibration.batches(64)))["x"]  # type: ignore[union-attr]
+    x = np.abs(x)  # so that errors have a mean
+    model.calibration = Calibration.from_arrays({"x": x}, model.ir)
+    exact = outputs(model, x)
+    run(model, SplitPanels(order="none", cut="equal", least=96))
+    plans(model, {f"fc1.panel{place}": 2 for place in range(3)})
+    run(model, Nearest())
+    offsets: list[float] = []
+    for passes in ((), (BiasCorrection(),)):
+        corrected = model.clone()
+        for item in passes:
+            assert run(corrected, item).changed == 3
+        InsertQDQ().run(corrected, Silent())
+        constants = [v.const_value for v in corrected.graph.initializers.values()]
+        vectors = [c for c in constants if c is not None and c.shape == (128,) and c.dtype == ir.DataType.FLOAT]
+        assert len(vectors) == 1  # no bias of their own
+        error = (outputs(corrected, x) - exact).reshape(-1, 64)
+        offsets.append(float(np.square(error.mean(0)).sum()))
+    assert offsets[1] < 0.2 * offsets[0]
+
+
+def test_what_is_to_stay_float_stays_whole() -> None:
+    model = two_layers()
+    pipeline = Pipeline([SplitPanels(cut="equal", least=96), Allocate(bits=(4,)), JoinPanels(), GPTQ(), InsertQDQ()])
+    filled = fill(pipeline, Options("onnx", ("5bits",), ("fc1",), given=frozenset({"target", "budget", "keep"})))
+    filled.run(model)
+    assert model.plan.kept == ("fc1",)
+    assert all(name.startswith("fc2") for name in model.plan.sites)
+    assert [s.columns for s in find_sites(model.ir) if s.name.startswith("fc1")] == [96]
