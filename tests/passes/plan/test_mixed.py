@@ -20,17 +20,19 @@ from qcompiler.formats.promotion import group_errors
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.blocks import block_scores, choose_blocks
 from qcompiler.measure.curvature import Fisher
+from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.plan.allocate import Allocate
 from qcompiler.passes.plan.candidates import menu, target_for
 from qcompiler.passes.plan.mixed import SHARES, mixed_plans, parse_mixed
 from qcompiler.passes.round.gptq import GPTQ
+from qcompiler.passes.round.nearest import Nearest
 from qcompiler.plan import SitePlan
 from qcompiler.progress import Silent
 from qcompiler.solvers.problem import Problem
 from qcompiler.solvers.solve import solve
-from tests.passes.round.small_models import build, cnn
+from tests.passes.round.small_models import build, cnn, planned
 
 SIZES = {"a": (64, 128), "b": (128, 96), "c": (96, 64)}
 
@@ -143,6 +145,21 @@ def test_an_allocation_of_shares_is_one_threshold_over_all_groups(low_fraction: 
     assert solution.objective < 1.1 * threshold_loss  # shares are coarser than groups
     fractions = [chosen.fraction[site.name] for site in sites]
     assert fractions[1] > fractions[0] > fractions[2]
+
+
+@pytest.mark.parametrize("spec", ["int3to8p15-g8", "int4to8p10-g16"])
+def test_groups_that_the_fisher_information_chooses_lose_less_at_the_output(spec: str) -> None:
+    pytest.importorskip("torch")
+    errors: dict[str, float] = {}
+    for importance in ("none", "fisher"):
+        model = planned(chain(), spec)
+        assert model.calibration is not None
+        (feeds,) = model.calibration.batches(48)
+        truth = Runner(model.ir)(feeds)["y"]
+        Nearest(importance=importance, samples=48).run(model, Silent())
+        InsertQDQ().run(model, Silent())
+        errors[importance] = float(np.square(Runner(model.ir)(feeds)["y"] - truth).sum())
+    assert errors["fisher"] < 0.7 * errors["none"]
 
 
 @pytest.mark.parametrize("budget", ["3.8bits", "4.6bits"])

@@ -48,10 +48,11 @@ def test_nearest_fills_the_planned_sites_only() -> None:
     np.testing.assert_array_equal(model.weights[first.name].codes, expected.codes)
 
 
-def test_importance_lowers_the_output_error() -> None:
+@pytest.mark.parametrize("spec", ["int3-sym-channel-fp32", "int3to5p25-sym-g8-fp16"])
+def test_importance_lowers_the_output_error(spec: str) -> None:
     errors = []
     for importance in ("none", "activations"):
-        model = planned(mlp(), "int3-sym-channel-fp32")
+        model = planned(mlp(), spec)
         Nearest(importance=importance).run(model, Silent())
         errors.append(error(model))
     assert errors[1] < errors[0]
@@ -63,7 +64,9 @@ def test_nearest_importance_reaches_convolutions() -> None:
     assert len(model.weights) == 4
 
 
-@pytest.mark.parametrize(("make", "spec"), [(mlp, "uint3-asym-g8-fp16"), (cnn, "int4-sym-channel-fp32")])
+@pytest.mark.parametrize(
+    ("make", "spec"), [(mlp, "uint3-asym-g8-fp16"), (cnn, "int4-sym-channel-fp32"), (mlp, "int3to5p20-g8")]
+)
 def test_gptq_beats_nearest(make: Any, spec: str) -> None:
     near, better = planned(make(), spec), planned(make(), spec)
     Nearest().run(near, Silent())
@@ -142,8 +145,10 @@ def test_bias_correction_of_enormous_data_is_silent() -> None:
 
 @pytest.mark.parametrize("activation", ["float", "static"])
 @pytest.mark.parametrize("make", [mlp, cnn])
-def test_what_is_counted_before_lowering_is_what_the_file_holds(make: Any, activation: Any) -> None:
-    model = planned(make(), "uint5-asym-g32-fp16" if make is mlp else "int4-sym-channel-fp32", activation)
+@pytest.mark.parametrize("two_widths", [False, True])
+def test_what_is_counted_before_lowering_is_what_the_file_holds(make: Any, activation: Any, two_widths: bool) -> None:
+    single = "uint5-asym-g32-fp16" if make is mlp else "int4-sym-channel-fp32"
+    model = planned(make(), "int3to5p20-sym-g8-fp16" if two_widths else single, activation)
     Nearest().run(model, Silent())
     ActivationRanges("minmax").run(model, Silent())
     BiasCorrection().run(model, Silent())
@@ -158,7 +163,7 @@ def test_passes_refuse_what_they_cannot_do() -> None:
         BiasCorrection().requires(model)
     Nearest().run(model, Silent())
     model.calibration = None
-    for item in (GPTQ(), BiasCorrection(), Nearest(importance="activations")):
+    for item in (GPTQ(), BiasCorrection(), Nearest(importance="activations"), Nearest(importance="fisher")):
         with pytest.raises(PassRefused, match="calibration data"):
             item.requires(model)
     Nearest().requires(model)
