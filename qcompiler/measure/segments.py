@@ -165,7 +165,10 @@ class Segment:
 
         Args:
             boundary: of this segment; more entries than needed do no harm.
-            replace: initializer name -> array of the same shape; names that do not matter here are ignored.
+            replace: initializer name -> array of the same shape; names that do not matter here are ignored. With
+                weights fed, an operation may round otherwise than with constant ones: None leaves them constant, and
+                whatever else is given, all weights of the segment are fed, so that results that are compared (and
+                those of a measurement that goes on in another process) come from one session.
             extra_outputs: values made in this segment (or of the boundary) to return as well.
         """
         made = self.read(boundary, (*self._part.outputs, *extra_outputs), replace)
@@ -181,9 +184,14 @@ class Segment:
         wanted = tuple(dict.fromkeys(name for name in names if name not in boundary))
         if not wanted:
             return found
-        changes = {name: array for name, array in (replace or {}).items() if name in self.weights}
+        changes = {} if replace is None else {n: replace[n] if n in replace else self._own(n) for n in self.weights}
         runner = self._sessions.get(self._part.inputs, wanted, changes.keys(), boundary)
         return found | runner({**boundary, **changes})
+
+    def _own(self, name: str) -> Array:
+        tensor = self._initializers[name].const_value
+        assert tensor is not None
+        return tensor.numpy()
 
     def drop(self) -> None:
         """Let go of the sessions and of the memory behind them."""
@@ -205,11 +213,11 @@ class _Sessions:
         changed: Collection[str],
         feeds: Mapping[str, Array],
     ) -> Runner:
-        """A session; one made for other changes serves if it is fed the weights in `changed` anyway."""
-        for key, runner in self._runners.items():
-            if key[:2] == (inputs, outputs) and runner.replaceable >= set(changed):
-                self._runners.move_to_end(key)
-                return runner
+        """The session that is fed the weights in `changed`, and no other: what was run before changes no result."""
+        key = inputs, outputs, frozenset(changed)
+        if key in self._runners:
+            self._runners.move_to_end(key)
+            return self._runners[key]
         dtypes: dict[str, np.dtype[Any]] = {name: np.asarray(feeds[name]).dtype for name in inputs}
         runner = Runner(
             self._model,
@@ -219,7 +227,7 @@ class _Sessions:
             threads=self._threads,
             dtypes=dtypes,
         )
-        self._runners[inputs, outputs, frozenset(changed)] = runner
+        self._runners[key] = runner
         if len(self._runners) > self._keep:
             self._runners.popitem(last=False)
         return runner

@@ -7,7 +7,6 @@ the key of what is now stored.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import time
@@ -41,26 +40,31 @@ _PAUSE = 0.004  # seconds that each measurement takes longer, so that it is ther
 _WORKS = 80
 
 
-def proto(samples: int = 0) -> onnx.ModelProto:
-    """Four layers of products, x [n, 12] -> y [n, 15]."""
-    rng = np.random.default_rng(7 + samples)
-    tensors = [
-        numpy_helper.from_array((rng.standard_normal(shape) * 0.4).astype(np.float32), f"w{i}")
-        for i, shape in enumerate(itertools.pairwise((12, 16, 20, 16, 15)))
+def proto() -> onnx.ModelProto:
+    """Two convolutions, whose sums round otherwise where their weights are constant, and two products."""
+    rng = np.random.default_rng(7)
+    shapes = {"a": (16, 3, 3, 3), "b": (24, 16, 3, 3), "c": (24, 16), "d": (16, 15)}
+    tensors = [numpy_helper.from_array((rng.standard_normal(s) * 0.2).astype("f"), n) for n, s in shapes.items()]
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["conv_a"], name="a"),
+        helper.make_node("Relu", ["conv_a"], ["relu_a"]),
+        helper.make_node("Conv", ["relu_a", "b"], ["conv_b"], name="b"),
+        helper.make_node("Relu", ["conv_b"], ["relu_b"]),
+        helper.make_node("GlobalAveragePool", ["relu_b"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "c"], ["h"], name="c"),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "d"], ["y"], name="d"),
     ]
-    nodes, last = [], "x"
-    for i in range(4):
-        nodes.append(helper.make_node("MatMul", [last, f"w{i}"], [f"h{i}" if i < 3 else "y"], name=f"w{i}"))
-        if i < 3:
-            nodes.append(helper.make_node("Relu", [f"h{i}"], [f"r{i}"]))
-        last = f"r{i}"
-    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", w]) for n, w in (("x", 12), ("y", 15))]
-    graph = helper.make_graph(nodes, "test", info[:1], info[1:], tensors)
+    ends = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", ["n", 3, 8, 8]), ("y", ["n", 15]))
+    ]
+    graph = helper.make_graph(nodes, "test", ends[:1], ends[1:], tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
 def inputs(samples: int) -> np.ndarray:
-    return np.random.default_rng(3).standard_normal((samples, 12)).astype(np.float32)
+    return np.random.default_rng(3).standard_normal((samples, 3, 8, 8)).astype(np.float32)
 
 
 def network(cache: Path) -> Model:
