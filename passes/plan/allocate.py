@@ -73,7 +73,7 @@ class Allocate(Pass):
         mixed_blocks: formats with groups of two widths to offer: "int4to8p10" (10 % of the groups at 8 bits), or a pair
             "int4to8" with several shares, of which equal slope makes one threshold over all groups (FGMP).
         samples: calibration samples to measure with; 0: as many as the time allows.
-        seconds: time that measuring may take.
+        seconds: time that measuring may take, variants not counted.
     """
 
     budget: str | tuple[str, ...] = ("4bits",)

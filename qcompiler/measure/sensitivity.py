@@ -207,8 +207,11 @@ def measure_singles(
 
 
 def _mode(experiment: Experiment, seconds: float) -> Mode:
-    """Tail if the estimate fits into `seconds`; a killed run decides as before."""
-    texts = [[str(spec) for spec in row] for row in experiment.specs]
+    """Tail if the estimate fits into `seconds`; a killed run decides as before.
+
+    Transforms are not counted: that they are offered too must not make plain formats worse known.
+    """
+    texts = [[str(spec) for spec in row if not isinstance(spec, VariedSpec)] for row in experiment.specs]
 
     def decide() -> dict[str, Array]:
         return {"full": np.array(_estimate(experiment) <= seconds)}
@@ -224,7 +227,7 @@ def _estimate(experiment: Experiment) -> float:
     chain, batches, sites, specs = experiment.chain, experiment.batches, experiment.sites, experiment.specs
     if not batches or not sites:
         return 0.0
-    counts = [len({spec for spec in row if spec is not None}) for row in specs]
+    counts = [len({spec for spec in row if spec is not None and not isinstance(spec, VariedSpec)}) for row in specs]
     boundary = chain.start(batches[0])
     reference = Reference(chain.run(boundary))
     begin = time.process_time()
