@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import onnx_ir as ir
 from qcompiler.errors import OutputError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+_ABANDONED = 3600.0  # seconds after which a file that is still being written belongs to a process that was killed
 
 
 class Cache:
@@ -33,6 +36,7 @@ class Cache:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self._swept = False
 
     @staticmethod
     def key(*parts: object) -> str:
@@ -61,6 +65,7 @@ class Cache:
         """
         path = self._path(key)
         temporary: Path | None = None
+        self._sweep()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
@@ -74,6 +79,16 @@ class Cache:
         finally:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Once, remove what killed processes left half-written."""
+        if self._swept:
+            return
+        self._swept = True
+        for part in self.folder.glob("*/*.part"):
+            with suppress(OSError):  # another process may have removed it
+                if time.time() - part.stat().st_mtime > _ABANDONED:
+                    part.unlink()
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key[2:]}.npz"

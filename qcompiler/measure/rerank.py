@@ -1,9 +1,9 @@
 """From predicted losses to true ones: the best predictions are measured, and the best of them is improved.
 
 A quadratic model ranks millions of choices for the price of a few hundred runs, but its best choice is picked among
-many, so it is likelier than others to be one that the model flatters. A few whole runs find that out. What was measured
-decides, without a margin for noise: all choices see the same samples, so most of the noise is common to them, and the
-prediction that a margin would fall back on was measured on these samples as well (benchmarks/allocation compares).
+many, so it is likelier than others to be one that the model flatters. A few whole runs find that out. All choices see
+the same samples, so most of the noise is common to them; what is left of it is the unit of the margin by which another
+choice than the first must be better (benchmarks/allocation compares margins).
 """
 
 from __future__ import annotations

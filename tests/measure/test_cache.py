@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,17 @@ def test_what_is_put_comes_back(tmp_path: Path) -> None:
     for name in arrays:
         np.testing.assert_array_equal(found[name], arrays[name])
     assert not list(cache.folder.rglob("*.part"))
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    old, fresh = tmp_path / "ab" / "old.part", tmp_path / "ab" / "fresh.part"
+    old.parent.mkdir()
+    old.touch()
+    fresh.touch()  # of a process that may be alive
+    os.utime(old, (0, 0))
+    Cache(tmp_path).put(Cache.key("job"), {"a": np.zeros(1)})
+    assert not old.exists()
+    assert fresh.exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not really", None])

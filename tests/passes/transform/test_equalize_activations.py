@@ -8,6 +8,7 @@ from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.graph.folds import Fold, find_fold
 from qcompiler.graph.sites import find_sites
+from qcompiler.measure.cache import fingerprint
 from qcompiler.measure.runner import Runner
 from qcompiler.measure.statistics import channel_statistics
 from qcompiler.model import Model
@@ -78,6 +79,17 @@ def test_narrow_weights_leave_only_the_inputs_of_depthwise_layers() -> None:
         }
     assert not changed["4bits"]
     assert changed["8bits"]
+
+
+def test_budgets_next_to_each_other_give_the_same_graph() -> None:
+    """So that the losses measured for one serve the other."""
+    prints = {}
+    for budget in ("2.5bits", "4bits", "5.9bits", "6bits", "7.5bits", "8bits"):
+        model = uneven("mobilenet")
+        Pipeline([EqualizeActivations(activations="static", budget=(budget,))]).run(model)
+        prints[budget] = fingerprint(model.ir)
+    assert prints["2.5bits"] == prints["4bits"] == prints["5.9bits"] != prints["6bits"]
+    assert prints["6bits"] == prints["7.5bits"] != prints["8bits"]
 
 
 def _columns_moved(before: np.ndarray, after: np.ndarray) -> bool:
