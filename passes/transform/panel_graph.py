@@ -194,8 +194,9 @@ def _constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
 
 
 def _fresh(graph: ir.Graph, name: str) -> str:
-    """A name that no value has."""
+    """A name that no value and no node has."""
     taken = {v.name for node in graph for v in node.outputs} | set(graph.initializers) | {v.name for v in graph.inputs}
+    taken |= {node.name for node in graph}
     return next(n for k in range(len(taken) + 1) if (n := f"{name}_{k}" if k else name) not in taken)
 
 

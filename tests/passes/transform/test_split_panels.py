@@ -370,3 +370,18 @@ def test_what_is_to_stay_float_stays_whole() -> None:
     assert model.plan.kept == ("fc1",)
     assert all(name.startswith("fc2") for name in model.plan.sites)
     assert [s.columns for s in find_sites(model.ir) if s.name.startswith("fc1")] == [96]
+
+
+def test_readers_of_one_value_may_be_joined_apart() -> None:
+    model = model_of("llama")
+    run(model, SplitPanels(align=4, least=16, cut="equal"))
+    cuts = find_cuts(model.graph, find_sites(model.ir))
+    shared = next(cut.split for cut in cuts if sum(c.split is cut.split for c in cuts) > 2)
+    partly = next(cut for cut in cuts if cut.split is shared)
+    widths = {site.name: 4 + place for cut in cuts for place, site in enumerate(cut.sum.sites)}
+    plans(model, widths | {partly.sum.sites[1].name: 4})
+    run(model, JoinPanels())  # the Pipeline compares the functions
+    left = find_cuts(model.graph, find_sites(model.ir))
+    assert sorted(len(cut.sizes) for cut in left) == [2, *[3] * (len(cuts) - 1)]
+    names = [node.name for node in model.graph if node.op_type == "Split"]
+    assert len(set(names)) == len(names)
