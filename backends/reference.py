@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.formats import QTensor
+from qcompiler.formats import Promoted, QTensor
+from qcompiler.formats.promoted import split_zero
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.integer]
@@ -80,6 +81,8 @@ def group_sums(a: Ints, weight: QTensor) -> Int32s:
     size = weight.spec.granularity.group_size(columns)
     middle: float = getattr(weight.spec.format, "middle", 0)
     zero = np.full_like(weight.scale, middle) if weight.zero is None else weight.zero
+    if isinstance(weight.spec.format, Promoted):
+        _, zero = split_zero(zero)
     zero = np.broadcast_to(zero, (rows, groups)).astype(np.int64)
     parts: list[Int32s] = []
     for g in range(groups):

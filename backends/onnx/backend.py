@@ -60,8 +60,6 @@ class OnnxBackend:
         fmt = plan.weight.format
         if not isinstance(fmt, Int | UInt | Promoted):
             return f"ONNX has no form for {fmt}"
-        if isinstance(fmt, Promoted) and not plan.weight.symmetric:
-            return "groups of two widths have no zero points"
         width = fmt.high if isinstance(fmt, Promoted) else fmt.bits
         return None if width <= 8 else f"{width} bits are more than this target stores"
 

@@ -14,6 +14,7 @@ from qcompiler.backends.onnx.emit import Emitter
 from qcompiler.backends.onnx.probe import BLOCKS
 from qcompiler.formats import Promoted
 from qcompiler.formats.packing import pack_plane
+from qcompiler.formats.promoted import split_zero
 from qcompiler.graph.functions import PackedWeight
 
 Codes = npt.NDArray[np.uint8]
@@ -57,7 +58,9 @@ def write_blocks(emit: Emitter, weight: PackedWeight, container: int, block: int
     # Codes of a symmetric weight move to the middle of the container, which is what "no zero points" means.
     if isinstance(weight.spec.format, Promoted):
         codes = _repacked(emit, _merged(emit, weight, 1 << (container - 1)), container, shape, weight.columns)
-        return Blocks(codes, _scales(emit, weight, block), None, container, block)
+        return Blocks(
+            codes, _scales(emit, weight, block), _merged_zeros(emit, weight, container, block), container, block
+        )
     offset = 1 << (bits - 1) if weight.spec.format.signed else 0  # type: ignore[attr-defined]
     raw = (weight.codes().astype(np.int16) + offset).astype(np.uint8)
     lift = (1 << (container - 1)) - (1 << (bits - 1)) if weight.zero is None else 0
@@ -83,6 +86,14 @@ def _merged(emit: Emitter, weight: PackedWeight, middle: int) -> ir.Value:
     if weight.layout == "columns-first":
         codes = emit.node("Transpose", codes, perm=[1, 0])
     return _plus(emit, emit.cast(codes, ir.DataType.UINT8), middle)  # two's complement: the sum comes out right
+
+
+def _merged_zeros(emit: Emitter, weight: PackedWeight, container: int, block: int) -> ir.Value | None:
+    assert weight.zero is not None
+    if weight.spec.symmetric:
+        return None
+    each = _per_block(weight, split_zero(weight.zero)[1], block) + (1 << (container - 1))
+    return emit.constant(pack_plane(each.astype(np.uint8), container), "zero")
 
 
 def _plus(emit: Emitter, codes: ir.Value, number: int) -> ir.Value:

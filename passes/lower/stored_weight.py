@@ -16,6 +16,7 @@ import onnx_ir as ir
 from qcompiler.errors import PassRefused
 from qcompiler.formats import Int, PerChannel, PerTensor, Promoted, QTensor, UInt
 from qcompiler.formats.packing import pack, pack_plane
+from qcompiler.formats.promoted import split_zero
 from qcompiler.graph import functions
 from qcompiler.graph.merged import MERGE, split_groups
 from qcompiler.graph.sites import Site
@@ -97,7 +98,9 @@ def store(site: Site, tensor: QTensor, opset: int) -> StoredWeight:
         arrange.per_group(tensor, tensor.scale).astype(_STORAGE.get(spec.scale_dtype, np.float32)), "scale"
     )
     inputs = [codes, _widened(out, scale)]
-    if tensor.zero is not None and not spec.symmetric:
+    if isinstance(spec.format, Promoted) and not spec.symmetric:
+        inputs.append(_merged_zeros(out, arrange, tensor))
+    elif tensor.zero is not None and not isinstance(spec.format, Promoted):
         inputs.append(out.integers(arrange.per_group(tensor, tensor.zero), spec.format, "zero"))  # type: ignore[arg-type]
     shape = tensor.shape if as_matrix else site.shape
     value = out.apply("DequantizeLinear", inputs, "dequantized", ir.DataType.FLOAT, shape, arrange.attributes(tensor))
@@ -126,9 +129,11 @@ def _as_lowered(site: Site, tensor: QTensor) -> QTensor:
     """
     spec, fmt = tensor.spec, tensor.spec.format
     if isinstance(fmt, Promoted):
+        assert tensor.zero is not None
         fmt = _settled(site, tensor, fmt)
         spec = replace(spec, format=fmt)
-        tensor = replace(tensor, zero=tensor.zero if isinstance(fmt, Promoted) else None)
+        if isinstance(fmt, Int):
+            tensor = replace(tensor, zero=None if spec.symmetric else split_zero(tensor.zero)[1])
     width = fmt.high if isinstance(fmt, Promoted) else fmt.bits
     if not isinstance(fmt, Int | UInt | Promoted) or width not in (2, 3, 4, 5, 6, 7, 8, 16):
         raise PassRefused(f"no ONNX form for weights of format {fmt}", site.name, "use int2 to int8 or uint2 to uint8")
@@ -144,8 +149,8 @@ def _as_lowered(site: Site, tensor: QTensor) -> QTensor:
 def _settled(site: Site, tensor: QTensor, fmt: Promoted) -> Promoted | Int:
     """The format that holds just what is there."""
     assert tensor.zero is not None
-    count, groups = int((tensor.zero > 0).sum()), tensor.zero.size
-    if count != fmt.promoted(groups) or not tensor.spec.symmetric:
+    count, groups = int(split_zero(tensor.zero)[0].sum()), tensor.zero.size
+    if count != fmt.promoted(groups):
         what = f"{count} of {groups} groups are promoted, which is not what {tensor.spec} stores"
         raise PassRefused(what, site.name, "round the weight with formats.fit")
     if count in (0, groups):
@@ -176,16 +181,14 @@ class _Arrangement:
     def codes(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return matrix if self.as_matrix else self.site.from_matrix(matrix)
 
-    def turn(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What [rows, columns] is reshaped to, and how that is transposed, to become the stored tensor."""
-        site = self.site
-        shape = (site.rows, site.columns) if self.as_matrix else site.shape
-        order = list(range(len(shape)))
-        if not self.as_matrix and site.layout == "columns-first":
+    def turn(self, stored: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What a matrix (of codes, of zero points) is reshaped to, and how that is transposed, to become `stored`."""
+        order = list(range(len(stored)))
+        if not self.as_matrix and self.site.layout == "columns-first" and len(stored) > 1:
             order[-2:] = order[:-3:-1]
-        elif not self.as_matrix and site.layout == "conv-transpose":
+        elif not self.as_matrix and self.site.layout == "conv-transpose" and len(stored) > 1:
             order[:2] = 1, 0
-        return tuple(shape[axis] for axis in order), tuple(order)
+        return tuple(stored[axis] for axis in order), tuple(order)
 
     def per_group(self, tensor: QTensor, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Scales or zero points: scalar, [channels], or blocked with the rank of the stored codes."""
@@ -221,19 +224,51 @@ def _plain(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Valu
 
 def _merged(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
     """Codes of two widths, apart, and the function that puts them in their place."""
-    fmt, flags, columns = tensor.spec.format, tensor.zero, tensor.shape[1]
+    fmt = tensor.spec.format
     assert isinstance(fmt, Promoted)
-    assert flags is not None
-    size = tensor.spec.granularity.group_size(columns)
-    low, high = split_groups(tensor.codes, flags > 0, size)
-    inputs = [out.integers(low, fmt.narrow, "codes_low"), out.integers(high, fmt.wide, "codes_high")]
-    inputs.append(out.constant(pack_plane((flags > 0).reshape(-1), 1), "flags"))
+    assert tensor.zero is not None
+    flags, _ = split_zero(tensor.zero)
+    packed = out.constant(pack_plane(flags.reshape(-1), 1), "flags")
+    size = tensor.spec.granularity.group_size(tensor.shape[1])
+    return _merge(
+        out,
+        tensor.codes,
+        flags,
+        packed,
+        (fmt, size, "codes"),
+        arrange.turn(tensor.shape if arrange.as_matrix else arrange.site.shape),
+    )
+
+
+def _merged_zeros(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
+    """Zero points of two widths in their place: one a group, told apart by the flags that `_merged` has stored."""
+    fmt = tensor.spec.format
+    assert isinstance(fmt, Promoted)
+    assert tensor.zero is not None
+    flags, points = split_zero(tensor.zero)
+    packed = next(node for node in out.nodes if node.op_type == MERGE).inputs[2]
+    assert packed is not None
+    shape = arrange.per_group(tensor, points).shape
+    return _merge(out, points, flags, packed, (fmt, 1, "zero"), arrange.turn(shape))
+
+
+def _merge(
+    out: StoredWeight,
+    values: npt.NDArray[Any],
+    flags: npt.NDArray[np.bool_],
+    packed: ir.Value,
+    form: tuple[Promoted, int, str],
+    turn: tuple[tuple[int, ...], tuple[int, ...]],
+) -> ir.Value:
+    """[rows, columns] of integers of two widths: `form` is these, the columns in a group, and what it is."""
+    fmt, size, what = form
+    low, high = split_groups(values, flags, size)
+    inputs = [out.integers(low, fmt.narrow, f"{what}_low"), out.integers(high, fmt.wide, f"{what}_high"), packed]
     out.functions.append(functions.merge_function(out.opset))
-    shape, perm = arrange.turn()
-    wide = [tensor.shape[0], flags.shape[1] * size]
+    (rows, columns), (shape, perm) = values.shape, turn
+    wide = [rows, flags.shape[1] * size]
     attributes = {"wide": wide, "columns": [columns], "shape": list(shape), "perm": list(perm)}
-    stored = tuple(shape[axis] for axis in perm)
-    return out.apply(MERGE, inputs, "codes", ir.DataType.INT8, stored, attributes)
+    return out.apply(MERGE, inputs, what, ir.DataType.INT8, tuple(shape[axis] for axis in perm), attributes)
 
 
 def _widened(out: StoredWeight, scale: ir.Value) -> ir.Value:

@@ -50,6 +50,6 @@ def mixed_plans(backend: Backend, site: Site, offered: Sequence[SitePlan], mixed
             continue
         if grouped and not isinstance(plan.weight.granularity, PerGroup):
             continue
-        specs = (replace(plan.weight, format=fmt, symmetric=True) for fmt in mixed)
+        specs = (replace(plan.weight, format=fmt) for fmt in mixed)
         plans |= dict.fromkeys(replace(plan, weight=spec) for spec in specs)
     return [plan for plan in plans if backend.supports(site, plan) is None]

@@ -134,7 +134,8 @@ class QTensor:
         spec: how it is stored.
         codes: integers [rows, columns], int8 or uint8 up to 8 bits.
         scale: float32 [scale rows, groups], already rounded to `spec.scale_dtype`.
-        zero: integer-valued float32 [scale rows, groups], or None if symmetric. Of `Promoted` formats the flags.
+        zero: integer-valued float32 [scale rows, groups], or None if symmetric. Of `Promoted` formats
+            flags are in it (`promoted.split_zero`).
     """
 
     spec: QuantSpec

@@ -45,7 +45,7 @@ def fit(
 
     Returns:
         scale float32 [scale rows, groups], already rounded to `spec.scale_dtype`, and zero (integer-valued
-        float32 of the same shape), or None for a symmetric spec. Of `Promoted` formats zero is the flags.
+        float32 of the same shape), or None for a symmetric spec. Of `Promoted` formats flags are in zero.
 
     Raises:
         ValueError: the matrix is not two-dimensional or not finite, or importance does not fit it.

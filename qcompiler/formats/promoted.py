@@ -2,8 +2,7 @@
 
 FGMP (Hooper et al., "FGMP: Fine-Grained Mixed-Precision Weight and Activation Quantization", 2025) promotes blocks
 by one threshold over the whole model, SliM-LLM whole groups of columns. Which groups are promoted is data: one flag a
-group, carried where other formats carry zero points. Both grids are symmetric integers, so the numbers of a group are
-code * scale in either width.
+group, carried in the zero points, as `FLAG` that is added to them (0 in a symmetric spec).
 """
 
 from __future__ import annotations
@@ -11,12 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from qcompiler.errors import BadOption
 from qcompiler.formats.base import Codes, Floats
 from qcompiler.formats.granularity import Granularity
 from qcompiler.formats.integer import Int
 from qcompiler.formats.packing import packed_bits
+
+FLAG = np.float32(1 << 17)  # beyond all zero points; float32 holds the sum exactly
+
+
+def split_zero(zero: Floats) -> tuple[npt.NDArray[np.bool_], Floats]:
+    """Flags and zero points of what `Promoted` formats carry as zero points."""
+    flags = zero > FLAG / 2
+    return flags, np.where(flags, zero - FLAG, zero).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -75,31 +83,30 @@ class Promoted:
         return (round(100 * self.percent) * groups + 5000) // 10000
 
     def fit(self, low: Floats, high: Floats, symmetric: bool) -> tuple[Floats, Floats]:
-        """Scale and flag of promoted groups that cover [low, high]: any group may be one.
+        """Scale and flagged zero of promoted groups that cover [low, high]: any group may be one.
 
-        Which groups of a matrix are promoted, `formats.fit` decides. `symmetric` makes no difference.
+        Which groups of a matrix are promoted, `formats.fit` decides.
         """
-        del symmetric
-        scale, _ = self.wide.fit(low, high, True)
-        return scale, np.ones_like(scale)
+        scale, zero = self.wide.fit(low, high, symmetric)
+        return scale, (np.zeros_like(scale) if zero is None else zero) + FLAG
 
     def encode(self, w: Floats, scale: Floats, zero: Floats | None) -> Codes:
-        """Codes clip(rint(w / scale)), each on the grid that its flag (`zero`, 0 or 1; None: 0) tells."""
-        flag = np.float32(0) if zero is None else zero
-        most = self.narrow.hi + flag * np.float32(self.wide.hi - self.narrow.hi)
-        return np.clip(np.rint(w / scale), -most - 1, most).astype(self.wide.dtype)
+        """Codes clip(rint(w / scale) + zero point), each on the grid that its flag tells; zero None: all ordinary."""
+        flags, point = split_zero(np.zeros(1, np.float32) if zero is None else zero)
+        most = np.where(flags, np.float32(self.wide.hi), np.float32(self.narrow.hi))
+        return np.clip(np.rint(w / scale) + point, -most - 1, most).astype(self.wide.dtype)
 
     def decode(self, codes: Codes, scale: Floats, zero: Floats | None) -> Floats:
-        """The numbers codes * scale, float32: flags only matter in the file."""
-        del zero
-        return codes.astype(np.float32) * scale
+        """The numbers (codes - zero point) * scale, float32: flags only matter in the file."""
+        numbers = codes.astype(np.float32)
+        return (numbers if zero is None else numbers - split_zero(zero)[1]) * scale
 
     def with_bits(self, bits: int) -> Promoted:
         """So many bits in ordinary groups, and as many more as now in promoted ones."""
         return Promoted(bits, self.high + bits - self.bits, self.percent)
 
     def storage(self, rows: int, columns: int, granularity: Granularity, symmetric: bool) -> tuple[int, int]:
-        """Stored bits of the codes, and of the flags of a [rows, columns] matrix.
+        """Stored bits of the codes of a [rows, columns] matrix, and of its flags and zero points.
 
         Groups are stored whole, the last of a row filled up with zeros. Where none or all are promoted, the matrix is
         stored as one of a single width.
@@ -111,7 +118,8 @@ class Promoted:
             return (self.wide if high else self.narrow).storage(rows, columns, granularity, symmetric)
         size = rows // scale_rows * granularity.group_size(columns)
         codes = packed_bits((groups - high) * size, self.bits) + packed_bits(high * size, self.high)
-        return codes, packed_bits(groups, 1)
+        points = packed_bits(groups - high, self.bits) + packed_bits(high, self.high)
+        return codes, packed_bits(groups, 1) + (0 if symmetric else points)
 
     def __str__(self) -> str:
         return f"int{self.bits}to{self.high}p{self.percent:g}"

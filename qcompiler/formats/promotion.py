@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.formats.base import Floats, QTensor, row_parts, spread_rows
-from qcompiler.formats.promoted import Promoted
+from qcompiler.formats.promoted import FLAG, Promoted
 
 
 def group_errors(matrix: Floats, tensor: QTensor, weights: Floats | None) -> npt.NDArray[np.float64]:
@@ -43,7 +43,7 @@ def _error_parts(matrix: Floats, tensor: QTensor, weights: Floats | None) -> Ite
 def promote(
     fmt: Promoted, matrix: Floats, narrow: QTensor, wide: QTensor, weights: Floats | None
 ) -> tuple[Floats, Floats]:
-    """Scales and flags, float32 [scale rows, groups]; exactly `fmt.promoted` groups have flag 1, of equals the first.
+    """Scales and flagged zero points, float32 [scale rows, groups]; `fmt.promoted` groups are, of equals the first.
 
     Args:
         fmt: the two widths.
@@ -53,9 +53,11 @@ def promote(
         weights: of the squared errors, as in `group_errors`.
     """
     saved = group_errors(matrix, narrow, weights) - group_errors(matrix, wide, weights)
-    # The wide grid holds the narrow one: where the search for its scale ended worse, the narrow scale is as good.
-    scale = np.where(saved < 0, narrow.scale, wide.scale)
-    flags = np.zeros(saved.shape, np.float32)
     chosen = np.argsort(-np.maximum(saved, 0), axis=None, kind="stable")[: fmt.promoted(saved.size)]
-    flags.reshape(-1)[chosen] = 1
-    return np.where(flags > 0, scale, narrow.scale).astype(np.float32), flags
+    flags = np.zeros(saved.shape, np.bool_)
+    flags.reshape(-1)[chosen] = True
+    # The wide grid holds the narrow one: where the search ended worse on it, the narrow scale is as good.
+    better = flags & (saved >= 0)
+    points = [np.zeros_like(q.scale) if q.zero is None else q.zero for q in (narrow, wide)]
+    zero = np.where(better, points[1], points[0]) + FLAG * flags
+    return np.where(better, wide.scale, narrow.scale), zero.astype(np.float32)

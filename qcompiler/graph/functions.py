@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from qcompiler.formats import Promoted, QTensor, QuantSpec, parse_spec
 from qcompiler.formats.packing import plane_widths
+from qcompiler.formats.promoted import FLAG
 from qcompiler.graph.codes import DOMAIN, matrix_shape, read_flags, read_integers, read_per_group, stored_shape
 from qcompiler.graph.merged import MERGE_BODY, MERGE_SIGNATURE
 
@@ -141,7 +142,7 @@ class PackedWeight:
         shape: shape of the float tensor that its users see.
         rows, columns: of the matrix form.
         scale: float32 [scale rows, groups of columns].
-        zero: integer-valued float32 of the same shape, or None; of a `Promoted` format its flags.
+        zero: integer-valued float32 of the same shape, or None; flags are in it if it is of two widths.
         dequantize: the DequantizeLinear node.
         output: the value that stands for the weight: of `dequantize`, or of the last node that shapes it.
         is_matrix: whether the codes are stored as [rows, columns] and brought into shape after `dequantize`.
@@ -198,7 +199,10 @@ def read_weight(value: ir.Value | None) -> PackedWeight | None:
     rows, columns = stored if is_matrix else matrix_shape(stored, layout)
     form = (spec, layout if not is_matrix else "rows-first", rows)
     scale = read_per_group(node.inputs[1], *form)
-    zero = read_per_group(node.inputs[2], *form) if not spec.symmetric else read_flags(node.inputs[0])
+    zero = read_per_group(node.inputs[2], *form) if not spec.symmetric else None
+    flags = read_flags(node.inputs[0])
+    if flags is not None:
+        zero = FLAG * flags + (0 if zero is None else zero)
     return PackedWeight(
         facts[SITE], spec, layout, int(facts[GROUPS]), shape, rows, columns, scale, zero, node, value, is_matrix
     )

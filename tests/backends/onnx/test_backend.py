@@ -117,6 +117,10 @@ FORMS = [
     ("gather", "int4to8p20-sym-g32-fp16", "gather8"),
     ("gather", "int3to4p20-sym-g16-fp16", "gather4"),
     ("conv", "int4to6p20-sym-g32-fp16", "decoded"),
+    ("matmul", "int4to6p20-asym-g32-fp16", "decoded"),
+    ("matmul", "int3to4p30-asym-g32-fp16", "blocks4"),
+    ("gather", "int4to6p20-asym-g32-fp16", "gather8"),
+    ("conv", "int2to5p20-asym-channel-fp16", "decoded"),
 ]
 
 
@@ -149,6 +153,7 @@ def test_ragged_last_groups(columns: int, spec: str, tmp_path: Path) -> None:
         ("uint8-asym-g32-fp16", "blocks8-int8"),
         ("int4to8p20-sym-g32-fp16", "blocks8-int8"),
         ("int2to4p20-sym-g32-fp16", "blocks4-int8"),
+        ("int4to6p20-asym-g32-fp16", "blocks8-int8"),
     ],
 )
 @pytest.mark.parametrize("kind", ["matmul", "gemm"])
@@ -330,9 +335,9 @@ def test_what_is_not_supported_has_a_reason() -> None:
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(SHAPES["conv"], np.float32), "w"))
     (site,) = find_sites(ir.from_proto(proto))
     assert "dynamic activations are for MatMul" in str(OnnxBackend().supports(site, SitePlan(None, "dynamic")))
-    for text, reason in (("int8to12p10", "12 bits"), ("int4to8p10-asym", "no zero points")):
-        assert reason in str(OnnxBackend().supports(site, SitePlan(parse_spec(text))))
-    assert OnnxBackend().supports(site, SitePlan(parse_spec("int4to8p10-g16"))) is None
+    assert "12 bits" in str(OnnxBackend().supports(site, SitePlan(parse_spec("int8to12p10"))))
+    for text in ("int4to8p10-g16", "int4to6p10-asym-g16"):
+        assert OnnxBackend().supports(site, SitePlan(parse_spec(text))) is None
     assert "12 bits" in str(OnnxBackend().supports(site, SitePlan(parse_spec("int12"))))
     assert OnnxBackend().supports(site, SitePlan(None)) is None
     with pytest.raises(BadOption, match="unknown activation mode 'sometimes'"):
