@@ -79,15 +79,15 @@ def menu(
     """
     offered = [plan for plan in backend.candidates(site, bits) if plan.weight is not None]
     offered += [p for plan in offered for p in _regrouped(plan, group_sizes) if backend.supports(site, p) is None]
-    offered += mixed_plans(backend, site, offered, mixed)
-    plans, refused = _with_activations(backend, site, with_fitting_scales(site, offered), activations)
+    added, unmixed = mixed_plans(backend, site, offered, mixed)
+    plans, refused = _with_activations(backend, site, with_fitting_scales(site, offered + added), activations)
     if not plans:
         plain = SitePlan(QuantSpec(Int(8), PerChannel(), True))
         reason = backend.supports(site, plain) or "the target offers no format for it"
         return Menu(site, (), (*refused, Refusal(site.name, f"stays float: {reason}")))
     first = {_storage(site, plan): plan for plan in reversed(plans)}  # the target names the fastest first
     ordered = sorted(first.values(), key=lambda plan: (site_bits(site, plan), str(plan.weight)))
-    return Menu(site, tuple(shortlist(site, ordered, _MOST + len(mixed))), refused)
+    return Menu(site, tuple(shortlist(site, ordered, _MOST + len(mixed))), (*refused, *unmixed))
 
 
 def with_fitting_scales(site: Site, plans: Sequence[SitePlan]) -> list[SitePlan]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qcompiler.errors import BadOption
+from qcompiler.errors import BadOption, Refusal
 from qcompiler.formats import PerGroup, PerTensor, Promoted, parse_format
 from qcompiler.graph.sites import Site
 from qcompiler.plan import SitePlan
@@ -37,10 +37,12 @@ def parse_mixed(texts: Sequence[str]) -> tuple[Promoted, ...]:
     return tuple(found)
 
 
-def mixed_plans(backend: Backend, site: Site, offered: Sequence[SitePlan], mixed: Sequence[Promoted]) -> list[SitePlan]:
+def mixed_plans(
+    backend: Backend, site: Site, offered: Sequence[SitePlan], mixed: Sequence[Promoted]
+) -> tuple[list[SitePlan], tuple[Refusal, ...]]:
     """The formats of two widths that a target takes, with groups and activations as in the plans that it offered.
 
-    Where it offered no groups, rows are promoted.
+    Where it offered no groups, rows are promoted. What is refused is told if nothing can be had.
     """
     weights = [plan.weight for plan in offered if plan.weight is not None]
     grouped = any(isinstance(spec.granularity, PerGroup) for spec in weights)
@@ -52,4 +54,8 @@ def mixed_plans(backend: Backend, site: Site, offered: Sequence[SitePlan], mixed
             continue
         specs = (replace(plan.weight, format=fmt) for fmt in mixed)
         plans |= dict.fromkeys(replace(plan, weight=spec) for spec in specs)
-    return [plan for plan in plans if backend.supports(site, plan) is None]
+    reasons = {plan: backend.supports(site, plan) for plan in plans}
+    usable = [plan for plan, reason in reasons.items() if reason is None]
+    if usable or not plans:
+        return usable, ()
+    return [], (Refusal(site.name, f"no groups of two widths: {next(iter(reasons.values()))}"),)

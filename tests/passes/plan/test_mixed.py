@@ -86,7 +86,11 @@ def test_a_menu_offers_the_pairs_where_the_target_takes_them() -> None:
     assert found.bits() == sorted(found.bits())
     cpu = target_for("cpu", "auto")
     offered = cpu.candidates(site, (4, 8))
-    assert mixed_plans(cpu, site, offered, mixed) == []
+    plans, (refusal,) = mixed_plans(cpu, site, offered, mixed)
+    assert (plans, refusal.where) == ([], "b")
+    assert refusal.reason == "no groups of two widths: kernels exist for integers of 2 to 8 bits, not for int4to8p2"
+    assert refusal in menu(cpu, site, (4, 8), (), "auto", mixed).refused
+    assert found.refused == menu(cpu, site, (4, 8), (), "auto").refused == ()
     plain = menu(OnnxBackend(), site, (3, 4, 5, 6, 8), (), "auto")
     assert not any(isinstance(p.weight.format, Promoted) for p in plain.plans if p.weight is not None)
 
@@ -95,7 +99,7 @@ def test_without_groups_rows_are_promoted() -> None:
     mixed = (Promoted(4, 8, 25),)
     site = find_sites(cnn().ir)[0]  # a convolution of 27 columns
     offered = [SitePlan(QuantSpec(Int(4), PerChannel()), "static")]
-    (plan,) = mixed_plans(OnnxBackend("static"), site, offered, mixed)
+    (plan,), _ = mixed_plans(OnnxBackend("static"), site, offered, mixed)
     assert (str(plan.weight), plan.activation) == ("int4to8p25-sym-channel-fp16", "static")
 
 
