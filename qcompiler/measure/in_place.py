@@ -12,6 +12,8 @@ import onnxruntime as ort
 from qcompiler.scratch import forget
 
 _INLINE_BYTES = 1 << 12  # ORT wants small constants (shapes, axes) inside the model
+# It makes int8 codes, one scale for all, of weights that are meant to be float, wherever activations are quantized.
+_UNWANTED = ["WeightBiasQuantization"]
 _FOLDER_LESS = "held-in-memory"  # "file" name of tensors that are handed over as arrays
 
 
@@ -35,7 +37,7 @@ def open_in_place(model: ir.Model, options: Any) -> tuple[ort.InferenceSession, 
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in external.values()]
         options.add_external_initializers(list(external), values)
     proto = ir.to_proto(model).SerializeToString()
-    session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"], disabled_optimizers=_UNWANTED)
     forget()  # of most weights the session has made a copy in the order that its kernels want
     return session, list(external.values())
 

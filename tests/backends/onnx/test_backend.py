@@ -221,6 +221,24 @@ def test_static_activations_with_group_scales_stay_exact(tmp_path: Path) -> None
     assert error < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["conv", "gemm"])
+def test_weights_that_stay_float_between_static_activations_are_not_quantized_by_onnx_runtime(
+    kind: str, tmp_path: Path
+) -> None:
+    """ONNX Runtime would make int8 codes of them, one scale for all, where what follows is quantized too."""
+    ranges = {"x": StaticRange(0.03, 128), "y": StaticRange(0.3, 0)}
+    text = CONV.replace("float[n, 24, 7, 7] y", "float[n, 24, 7, 7] z").replace("Relu (c)", "Relu (c)  z = Neg (y)")
+    if kind == "gemm":
+        text = (
+            "agraph (float[n, 96] x) => (float[n, 24] z) { y = Gemm <transB = 1, alpha = 2.0> (x, w, b)  z = Neg (y) }"
+        )
+        ranges["y"] = StaticRange(0.6, 128)
+    model = lowered(kind, "uint4-asym-g32-fp16", "static", ranges, text=text)
+    compiled, error = compile_and_compare(model, kind, tmp_path)
+    assert list(compiled.facts["forms"].values()) == ["decoded"]
+    assert error < 1e-5
+
+
 @pytest.mark.parametrize(
     ("spec", "form"),
     [
