@@ -115,6 +115,7 @@ class _Rewriter:
                 _integer_bias(self.form.model, gemm, use)
             expected["QLinearMatMul|MatMulIntegerToFloat" if gemm is None else "QGemm"] += 1
         elif _is_quantized_next(use.node.outputs[0]):
+            _integer_bias(self.form.model, use.node, use)
             expected["QLinearConv"] += 1
         return "integer"
 
@@ -242,18 +243,18 @@ def _merged_with_add(graph: ir.Graph, use: QuantizedOperation) -> ir.Node | None
     return gemm
 
 
-def _integer_bias(model: ir.Model, gemm: ir.Node, use: QuantizedOperation) -> None:
-    """The bias of a Gemm as int32 on the accumulator's scale: without that ONNX Runtime does not fuse it."""
-    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+def _integer_bias(model: ir.Model, node: ir.Node, use: QuantizedOperation) -> None:
+    """The bias of a Gemm or Conv as int32 on the accumulator's scale: without that ONNX Runtime does not fuse it."""
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
     constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
     if constant is None or not isinstance(use.activation, StaticActivation):
         return
-    emit = Emitter(model, gemm, f"{use.label}_bias")
+    emit = Emitter(model, node, f"{use.label}_bias")
     scale = np.broadcast_to(use.weight.scale[:, 0] * np.float32(use.activation.scale), (use.weight.rows,))
     codes = quantize_bias(constant.numpy().reshape(-1), scale)
     zero = emit.constant(np.zeros(scale.shape, np.int32), "zero")
     inputs = emit.constant(codes, "codes"), emit.constant(scale, "scale"), zero
-    gemm.replace_input_with(2, emit.node("DequantizeLinear", *inputs, axis=0))
+    node.replace_input_with(2, emit.node("DequantizeLinear", *inputs, axis=0))
 
 
 def _is_integer(use: QuantizedOperation) -> bool:
