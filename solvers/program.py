@@ -94,8 +94,12 @@ def run(
 
 def _solve_outside(program: pulp.LpProblem, solver: Any) -> None:
     """Solve by a program of its own, which ends with us and whose files go away, even when we are interrupted."""
-    with tempfile.TemporaryDirectory(prefix="qcompiler-program-") as folder:
-        solver.tmpDir = folder
+    # Two folders: an interrupt while the inner one is being emptied leaves it to the outer one.
+    with (
+        tempfile.TemporaryDirectory(prefix="qcompiler-program-") as outer,
+        tempfile.TemporaryDirectory(dir=outer) as own,
+    ):
+        solver.tmpDir = own
         try:
             program.solve(solver)
         except BaseException as error:

@@ -77,6 +77,7 @@ SOLVES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SOLVES)
 def test_an_interrupt_ends_a_solve_and_nothing_else(method: str, scratch: Path) -> None:
     solve, problem, chance = SOLVES[method], problem_for(method), random.Random(method)
@@ -84,16 +85,17 @@ def test_an_interrupt_ends_a_solve_and_nothing_else(method: str, scratch: Path) 
     before, running = solve(problem, 20.0 if "search" not in method and method != "metropolis" else 1.0), children()
     usual = min(time.monotonic() - begin, 1.0)
     for _ in range(6):
-        with interrupted(chance.uniform(0.05, 0.95) * usual) as came:
-            try:
+        came: list[float] = []
+        try:  # around all of it: the signal may come when the solve has just ended
+            with interrupted(chance.uniform(0.05, 0.95) * usual) as came:
                 found = solve(problem, 1.0)
-            except KeyboardInterrupt:
-                assert time.monotonic() - came[0] < _SLOW
-            except NoChoiceFound:
-                pytest.fail("a choice is easily found")
-            else:
-                assert problem.feasible(found.choice)
-                assert check(problem, found).valid
+        except KeyboardInterrupt:
+            assert time.monotonic() - came[0] < _SLOW
+        except NoChoiceFound:
+            pytest.fail("a choice is easily found")
+        else:
+            assert problem.feasible(found.choice)
+            assert check(problem, found).valid
         assert not list(scratch.iterdir())
         # a process that was just being started cannot be told to end, it ends when its time is over
         until = time.monotonic() + _SLOW
@@ -113,7 +115,7 @@ def test_the_process_of_cbc_ends_with_the_solve(scratch: Path) -> None:
     budgets = {name: float(int(cost.mean(axis=1).sum() * 0.8)) for name, cost in costs.items()}
     problem = Problem(rng.uniform(1, 2, (80, 5)), costs, budgets)
 
-    with interrupted(3.0), pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), interrupted(3.0):
         solve_ilp(problem, 60.0, "cbc")
     assert children() == running
     assert not list(scratch.iterdir())
