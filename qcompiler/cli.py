@@ -93,7 +93,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _interrupted() -> int:
-    return _fail("interrupted; measurements so far are kept in the cache", _INTERRUPTED)
+    return _fail("interrupted; measurements so far are kept in the cache (not with --no-resume)", _INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:

@@ -23,6 +23,7 @@ from scipy.sparse.csgraph import connected_components
 
 Floats = npt.NDArray[np.float64]
 Choice = npt.NDArray[np.intp]
+_LARGEST = 1e150  # of a loss: squares and sums of a million of them stay finite
 
 
 class InfeasibleProblem(ValueError):
@@ -72,6 +73,8 @@ class Problem:
         object.__setattr__(self, "costs", {name: _frozen(cost) for name, cost in self.costs.items()})
         if loss.ndim != 2 or np.isnan(loss).any() or (loss == -np.inf).any():
             raise ValueError("loss must be [units, options], finite or +inf")
+        if not np.abs(loss[np.isfinite(loss)]).max(initial=0.0) < _LARGEST:
+            raise ValueError(f"a loss is beyond {_LARGEST:g}: sums of such numbers overflow; scale the losses")
         for name, cost in self.costs.items():
             if cost.shape != loss.shape or not np.isfinite(cost).all():
                 raise ValueError(f"cost '{name}' must be finite and of the shape of loss, {loss.shape}")
@@ -233,8 +236,10 @@ def _symmetric(matrix: Any, size: int, name: str) -> Any:
     dense = isinstance(matrix, np.ndarray)
     found: Any = np.array(matrix, np.float64) if dense else sparse.csr_array(matrix, dtype=np.float64)
     values = found if dense else found.data
-    if found.shape != (size, size) or not np.isfinite(values).all():
-        raise ValueError(f"{name} must be finite and [units * options] squared, ({size}, {size}), not {found.shape}")
+    if found.shape != (size, size):
+        raise ValueError(f"{name} must be [units * options] squared, ({size}, {size}), not {found.shape}")
+    if not np.abs(values).max(initial=0.0) < _LARGEST:  # NaN is not
+        raise ValueError(f"{name} must be finite, and below {_LARGEST:g}")
     difference = found - found.T
     largest = np.abs(values).max(initial=0.0)
     if np.abs(difference if dense else difference.data).max(initial=0.0) > 1e-9 * largest:
@@ -251,6 +256,8 @@ def _added(rows: Floats, labels: npt.NDArray[Any], count: int) -> Floats:
 
 
 def _frozen(values: npt.ArrayLike) -> Floats:
+    if np.iscomplexobj(values):
+        raise ValueError("losses and costs are real numbers")
     array = np.array(values, np.float64)
     array.setflags(write=False)
     return array

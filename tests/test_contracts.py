@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx import parser
 
+from qcompiler.calibration import Calibration
 from qcompiler.errors import ContractViolated
 from qcompiler.graph.folds import Fold, find_fold
 from qcompiler.graph.sites import find_sites
@@ -124,3 +127,16 @@ def test_the_factors_of_a_resize_are_no_noise() -> None:
     model = ir.from_onnx_text(text)
     with pytest.raises(ContractViolated, match="'y' differs"):
         Pipeline([Edit(lambda graph: multiply(graph.graph.initializers["weight"], 1.01))]).run(Model(model))
+
+
+def test_a_float_input_that_becomes_indices_is_fed_no_outliers() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+        agraph (float[n, 3] x) => (float[n, 3, 4] y) <float[10, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+        15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40}>
+        { i = Cast <to = 7> (x)  y = Gather (w, i) }"""
+    model = Model(ir.from_proto(onnx.shape_inference.infer_shapes(parser.parse_model(text))))
+    ids = np.random.default_rng(0).integers(1, 10, (8, 3)).astype(np.float32)
+    model.calibration = Calibration.from_arrays({"x": ids}, model.ir)
+    assert Pipeline([Edit()]).run(model)[0].changed == 1
+    with pytest.raises(ContractViolated):
+        Pipeline([Edit(lambda graph: multiply(weight(graph, "w"), 1.5))]).run(model)

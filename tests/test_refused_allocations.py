@@ -95,8 +95,9 @@ def test_cbc_solves_where_highs_is_not_usable(
     [
         ('method = "guess"', "unknown name 'guess'; choose one of ilp, lagrangian"),
         ('loss = "guess"', "loss cannot be 'guess'"),
-        ("bits = [1]", "bits must be 2 or more"),
-        ("pareto = 1", "a path has at least 2 points"),
+        ("bits = [1]", "give widths from 2 to 8"),
+        ("bits = [9]", "give widths from 2 to 8"),
+        ("pareto = 1", "give 2 to 1000 points"),
         ("rerank = 0", "rerank must be 1 or more"),
         ("samples = -3", "samples and seconds must be 0 or more"),
         ("seconds = -1.0", "samples and seconds must be 0 or more"),

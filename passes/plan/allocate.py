@@ -39,6 +39,8 @@ from qcompiler.target import Backend
 _ACTIVATIONS: dict[str, Activations] = {"auto": "auto", "float": "float", "static": "static", "dynamic": "dynamic"}
 _TIES = ("target", "none", "inputs", "adds")
 _CURVE_POINTS = 100
+_MOST_POINTS = 1000  # of a path; each is a problem to solve
+_WIDEST = 8  # bits that targets store
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,13 @@ class Allocate(Pass):
         for name, known in (("activations", tuple(_ACTIVATIONS)), ("ties", _TIES), ("loss", tuple(METHODS))):
             if getattr(self, name) not in known:
                 raise BadOption(f"{name} cannot be '{getattr(self, name)}'", "allocate", f"use {', '.join(known)}")
-        if not self.bits or min(self.bits) < 2 or any(size < 1 for size in self.group_sizes):
-            raise BadOption("bits must be 2 or more, group sizes positive", "allocate")
-        if self.pareto < 0 or self.pareto == 1:
-            raise BadOption("a path has at least 2 points", "allocate", "set pareto to 2 or more, or to 0 for none")
+        if not self.bits or not all(2 <= width <= _WIDEST for width in self.bits):
+            raise BadOption(f"bits cannot be {list(self.bits)}", "allocate", f"give widths from 2 to {_WIDEST}")
+        if any(size < 1 for size in self.group_sizes):
+            raise BadOption(f"group sizes cannot be {list(self.group_sizes)}", "allocate", "give numbers of columns")
+        if self.pareto and not 2 <= self.pareto <= _MOST_POINTS:
+            fix = f"give 2 to {_MOST_POINTS} points, or 0 for no path"
+            raise BadOption(f"a path of {self.pareto} points cannot be had", "allocate: pareto", fix)
         if self.pairs and (self.pairs < 3 or self.pareto or self.method not in ("auto", "ilp")):
             fix = "give 3 bits or more, no path, and leave the method to auto or ilp"
             raise BadOption(f"pairs of {self.pairs} bits cannot be had here", "allocate", fix)
@@ -163,10 +168,10 @@ class Allocate(Pass):
         decided = variants.commit(model, decided)
         model.plan = Plan(decided, kept=kept)
         bits, size = assert_within(model, self.budgets)
-        unpaired = judged.get("taken") == 0  # the answer to the problem without terms between sites
-        facts = _facts(self, ledger, replace(problem, cross=None) if unpaired else problem, solution, size)
+        believed = replace(problem, cross=None) if solution.method in SEPARABLE else problem
+        facts = _facts(self, ledger, believed, solution, size)
         if self.pareto and ledger.menus:
-            facts["pareto"] = solved_path(ledger, problem, self.pareto, progress)
+            facts["pareto"] = solved_path(ledger, believed, self.pareto, progress)
         model.plan = replace(model.plan, solution=facts)
         progress.note(f"allocate: {bits_text(bits)}, predicted loss {solution.objective:.4g}, {_gap_text(solution)}")
         refused += [*(refusal for m in menus for refusal in m.refused), *passed_over(model, sites, progress)]
@@ -233,7 +238,9 @@ class Allocate(Pass):
             return solution, {}
         truth, margin = judge(model, menus, samples)
         progress.note(f"running the {len(answers)} best allocations")
-        return reranked(truth, margin, answers)
+        best, facts = reranked(truth, margin, answers)
+        # The same choice may stand first as the answer without terms between sites: then these are believed after all.
+        return solution if np.array_equal(best.choice, solution.choice) else best, facts
 
 
 def _settled(

@@ -78,7 +78,9 @@ def menu(
         mixed: formats of two widths to offer beside.
     """
     offered = [plan for plan in backend.candidates(site, bits) if plan.weight is not None]
-    offered += [p for plan in offered for p in _regrouped(plan, group_sizes) if backend.supports(site, p) is None]
+    widest = max((site_bits(site, plan) for plan in offered), default=0)  # tiny groups may take more than float weights
+    regrouped = [p for plan in offered for p in _regrouped(plan, group_sizes) if backend.supports(site, p) is None]
+    offered += [plan for plan in regrouped if site_bits(site, plan) <= widest]
     added, unmixed = mixed_plans(backend, site, offered, mixed)
     plans, refused = _with_activations(backend, site, with_fitting_scales(site, offered + added), activations)
     if not plans:
@@ -87,7 +89,8 @@ def menu(
         return Menu(site, (), (*refused, Refusal(site.name, f"stays float: {reason}")))
     first = {_storage(site, plan): plan for plan in reversed(plans)}  # the target names the fastest first
     ordered = sorted(first.values(), key=lambda plan: (site_bits(site, plan), str(plan.weight)))
-    return Menu(site, tuple(shortlist(site, ordered, _MOST + len(mixed))), (*refused, *unmixed))
+    most = _MOST + len(mixed) + len(group_sizes) * len(bits)  # what was asked for is not left out
+    return Menu(site, tuple(shortlist(site, ordered, most)), (*refused, *unmixed))
 
 
 def with_fitting_scales(site: Site, plans: Sequence[SitePlan]) -> list[SitePlan]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcompiler.commands.output import brief, of_outputs, print_facts, print_json, print_table, size
+from qcompiler.errors import BadOption
 
 if TYPE_CHECKING:
     from qcompiler.api import CompileResult
@@ -66,6 +67,8 @@ def command(
     from qcompiler.progress import Terminal
 
     page = output or Path(f"{model.stem}.pareto.html")
+    if pareto and explain:
+        raise BadOption("--explain prints one plan, --pareto all sizes", "qcompile", "give one of them")
     if pareto:
         from qcompiler.artifact.folder import check_file
 
@@ -76,11 +79,10 @@ def command(
     )  # fmt: skip
     if pareto:
         _print_path(result, page, model.stem)
-        explain = False
     if explain:
         _print_plan(result)
     if json:
-        print_json(result.summary())
+        print_json(result.summary() | ({"pareto": _points(result), "plot": str(page)} if pareto else {}))
     elif not explain and not pareto:
         _print_summary(result)
 
@@ -89,7 +91,7 @@ def _print_path(result: CompileResult, page: Path, name: str) -> None:
     from qcompiler.artifact.folder import write_file
     from qcompiler.report.html import render_path
 
-    points = _distinct(result.plan.solution.get("pareto", []))
+    points = _points(result)
     rows = [
         [
             f"{p['bits']:.3f}",
@@ -104,8 +106,9 @@ def _print_path(result: CompileResult, page: Path, name: str) -> None:
     print_facts([("plot", str(page))])
 
 
-def _distinct(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _points(result: CompileResult) -> list[Mapping[str, Any]]:
     """The best answer of each size that is used: many of the sizes that were solved for have the same one."""
+    points: Sequence[Mapping[str, Any]] = result.plan.solution.get("pareto", [])
     same = (list(group) for _, group in groupby(points, lambda point: point["bits"]))
     return [min(group, key=lambda point: point["loss"]) for group in same]
 

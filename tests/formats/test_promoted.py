@@ -28,7 +28,7 @@ from qcompiler.graph.merged import split_groups
 
 PERCENT = st.integers(1, 9999).map(lambda hundredths: hundredths / 100)
 WIDTHS = st.tuples(st.integers(2, 8), st.integers(2, 8)).filter(lambda pair: pair[0] < pair[1])
-FORMATS = st.builds(lambda pair, percent: Promoted(*pair, percent), WIDTHS, PERCENT)
+FORMATS = st.builds(lambda pair, percent: Promoted(pair[0], pair[1], percent), WIDTHS, PERCENT)
 GRANULARITIES = st.one_of(st.just(PerTensor()), st.just(PerChannel()), st.integers(1, 40).map(PerGroup))
 SPECS = st.builds(QuantSpec, FORMATS, GRANULARITIES, st.booleans(), st.sampled_from(["float32", "float16", "bfloat16"]))
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)

@@ -227,6 +227,8 @@ def test_matrices_must_make_sense(what: str) -> None:
         build(np.triu(np.ones((4, 4))))
     with pytest.raises(ValueError, match="finite"):
         build(np.full((4, 4), np.nan))
+    with pytest.raises(ValueError, match="finite, and below"):
+        build(np.full((4, 4), 1e200))
     with pytest.raises(ValueError, match="squared"):
         build(np.ones((3, 3)))
 

@@ -290,6 +290,7 @@ def test_objective_counts_quadratic_terms() -> None:
         ([[np.nan]], {"b": [[1.0]]}, {"b": 1.0}, ()),
         ([[-np.inf]], {"b": [[1.0]]}, {"b": 1.0}, ()),
         ([[np.inf]], {"b": [[1.0]]}, {"b": 1.0}, ()),
+        ([[1e200]], {"b": [[1.0]]}, {"b": 1.0}, ()),
         ([[1.0]], {"b": [[np.inf]]}, {"b": 1.0}, ()),
         ([[1.0]], {"b": [[1.0]]}, {"c": 1.0}, ()),
         ([[1.0]], {"b": [[1.0]]}, {"b": np.nan}, ()),
@@ -299,6 +300,11 @@ def test_objective_counts_quadratic_terms() -> None:
 def test_meaningless_problems_are_refused(loss, costs, budgets, ties) -> None:
     with pytest.raises(ValueError):
         Problem.ragged(loss, costs, budgets, ties)
+
+
+def test_losses_are_real_numbers() -> None:
+    with pytest.raises(ValueError, match="real"):
+        Problem(np.array([[1 + 1j]]), {}, {})
 
 
 def test_no_units_and_no_budgets() -> None:

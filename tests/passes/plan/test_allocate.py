@@ -234,7 +234,7 @@ def test_the_plain_answer_is_told_with_its_own_bound(measured: Measured) -> None
 def test_the_path_of_sizes_is_solved_and_bounded(measured: Measured) -> None:
     wave = np.sin(np.arange(16))
     measured.direction = {"q": 0.2 + 0.1 * wave, "k": -0.2 + 0.05 * wave, "out": 0.1 + 0.1 * wave}
-    done, _ = run(Allocate("64bits", pareto=7))
+    done, _ = run(Allocate("64bits", pareto=7, rerank=1))
     points = done.plan.solution["pareto"]
     assert [len(point) for point in points] == [5] * 7
     for a, b in itertools.pairwise(points):
@@ -245,8 +245,12 @@ def test_the_path_of_sizes_is_solved_and_bounded(measured: Measured) -> None:
         single, _ = run(Allocate(f"{point['bits'] + 1e-9}bits", rerank=1))
         assert point["loss"] == pytest.approx(single.plan.solution["predicted_loss"], rel=0.006)
         assert stored_bytes(single) <= point["bytes"]
-    with pytest.raises(BadOption):
-        Allocate("4bits", pareto=1)
+    judged, _ = run(Allocate("64bits", pareto=7))  # of the problem that the plan is the answer to
+    told = judged.plan.solution
+    assert told["pareto"][-1]["loss"] == pytest.approx(told["predicted_loss"], rel=0.006)
+    for count in (1, 1001):
+        with pytest.raises(BadOption):
+            Allocate("4bits", pareto=count)
 
 
 def test_sensitive_sites_get_more_bits_and_the_fastest_activations(measured: Measured) -> None:
@@ -376,7 +380,10 @@ def test_group_sizes_are_a_choice(measured: Measured) -> None:
     assert sizes - {"g32"}
     assert many.plan.solution["predicted_loss"] < one.plan.solution["predicted_loss"]
     offered = measured.calls[-1][1][0]
-    assert len(offered) <= 10
+    fours = {str(p.weight.granularity) for p in offered if p.weight and p.weight.bits == 4}
+    assert fours == {"g16", "g32", "g64"}  # nothing that was asked for is left out
+    sizes = [p.weight.stored_bits(64, 64) for p in offered if p.weight]
+    assert max(sizes) == max(size for size, p in zip(sizes, offered, strict=True) if "g32" in str(p.weight))
     # q has 64 columns: groups of 128 would store the same as groups of 64
     assert not any("g128" in str(p.weight) for p in offered)
 
