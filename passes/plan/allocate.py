@@ -238,9 +238,7 @@ class Allocate(Pass):
             return solution, {}
         truth, margin = judge(model, menus, samples)
         progress.note(f"running the {len(answers)} best allocations")
-        best, facts = reranked(truth, margin, answers)
-        # The same choice may stand first as the answer without terms between sites: then these are believed after all.
-        return solution if np.array_equal(best.choice, solution.choice) else best, facts
+        return reranked(truth, margin, answers)
 
 
 def _settled(
