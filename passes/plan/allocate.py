@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from qcompiler import registry
 from qcompiler.budget import Budget, bits_text, kept_sites, parse_budget
 from qcompiler.errors import BadOption, SolverUnavailable
-from qcompiler.formats.varied import plain
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
 from qcompiler.model import Model
-from qcompiler.passes.plan.candidates import Activations, Menu, menu, passed_over, site_bits, target_for
+from qcompiler.passes.plan.candidates import Activations, Menu, menu, passed_over, target_for
 from qcompiler.passes.plan.conflict import conflict, require_together
 from qcompiler.passes.plan.decide import SEPARABLE, contenders, judge, reranked, runs, solved
+from qcompiler.passes.plan.facts import gap_text, site_table, solution_facts
 from qcompiler.passes.plan.ledger import Ledger, assert_within
 from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
 from qcompiler.passes.plan.measured import Measured, require_clock
@@ -27,18 +24,16 @@ from qcompiler.passes.plan.pairs import SECONDS as PAIR_SECONDS
 from qcompiler.passes.plan.pairs import Pairs
 from qcompiler.passes.plan.path import solved_path
 from qcompiler.passes.plan.ties import tied
-from qcompiler.passes.plan.variants import Variants, require_known, variant_of, varied
+from qcompiler.passes.plan.variants import Variants, require_known, varied
 from qcompiler.pipeline import Pass, PassReport
-from qcompiler.plan import Plan, SitePlan
+from qcompiler.plan import Plan
 from qcompiler.progress import Progress
-from qcompiler.solvers.hull import path
-from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem, Solution, without_ties
+from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem, Solution
 from qcompiler.solvers.program import installed
 from qcompiler.target import Backend
 
 _ACTIVATIONS: dict[str, Activations] = {"auto": "auto", "float": "float", "static": "static", "dynamic": "dynamic"}
 _TIES = ("target", "none", "inputs", "adds")
-_CURVE_POINTS = 100
 _MOST_POINTS = 1000  # of a path; each is a problem to solve
 _WIDEST = 8  # bits that targets store
 
@@ -169,13 +164,13 @@ class Allocate(Pass):
         model.plan = Plan(decided, kept=kept)
         bits, size = assert_within(model, self.budgets)
         believed = replace(problem, cross=None) if solution.method in SEPARABLE else problem
-        facts = _facts(self, ledger, believed, solution, size)
+        facts = solution_facts(self.budget, ledger, believed, solution, size)
         if self.pareto and ledger.menus:
             facts["pareto"] = solved_path(ledger, believed, self.pareto, progress)
         model.plan = replace(model.plan, solution=facts)
-        progress.note(f"allocate: {bits_text(bits)}, predicted loss {solution.objective:.4g}, {_gap_text(solution)}")
+        progress.note(f"allocate: {bits_text(bits)}, predicted loss {solution.objective:.4g}, {gap_text(solution)}")
         refused += [*(refusal for m in menus for refusal in m.refused), *passed_over(model, sites, progress)]
-        table = _table(ledger, losses, solution)
+        table = site_table(ledger, losses, solution)
         metrics = {"bits_per_weight": bits, "stored_bytes": size, "sites": table, "measured": dict(losses.facts)}
         metrics |= {"runs": judged, "latency": timing.facts, "variants": variants.facts(decided)}
         return PassReport("allocate", len(decided), tuple(refused), metrics)
@@ -250,74 +245,3 @@ def _settled(
     found = variants.settle(ledger.menus, ledger.problem(losses.rows, budgets, groups))
     rows = [[float(v) for v in row[: len(m.plans)]] for m, row in zip(ledger.menus, found, strict=True)]
     return replace(losses, rows=rows)
-
-
-def _facts(options: Allocate, ledger: Ledger, problem: Problem, solution: Solution, size: int) -> dict[str, Any]:
-    bits = ledger.average(problem.used(solution.choice, "bits"))
-    return {
-        "budgets": list(options.budget),
-        "predicted_loss": solution.objective,
-        "lower_bound": solution.bound if math.isfinite(solution.bound) else None,
-        "gap": solution.gap if math.isfinite(solution.gap) else None,
-        "method": solution.method,
-        "status": solution.status,
-        "prices": dict(solution.multipliers),
-        "seconds": solution.seconds,
-        "bits_per_weight": bits if ledger.weights else None,
-        "stored_bytes": size,
-        "chosen": [bits, solution.objective],
-        "curve": _curve(ledger, problem),
-    }
-
-
-def _gap_text(solution: Solution) -> str:
-    return f"gap {solution.gap:.2%}" if math.isfinite(solution.gap) else f"no bound ({solution.method})"
-
-
-def _curve(ledger: Ledger, problem: Problem) -> list[list[float]]:
-    """Average bits and predicted loss along the equal-slope path; terms between sites counted, not optimised."""
-    if not ledger.menus:
-        return []
-    merged, members = without_ties(problem)
-    steps = path(replace(merged, cross=None, pair_costs={}), "bits")
-    stops = np.unique(np.linspace(0, len(steps.unit), _CURVE_POINTS).round().astype(int))
-    points: list[list[float]] = []
-    for stop in stops:
-        choice = steps.choices(int(stop))[members]
-        loss = problem.objective(choice)
-        if not points or loss < points[-1][1]:
-            points.append([ledger.average(problem.used(choice, "bits")), loss])
-    return points
-
-
-def _table(ledger: Ledger, losses: Losses, solution: Solution) -> list[dict[str, Any]]:
-    """One row a site, for the report: what was chosen, and what every option would have cost and lost."""
-    rows = zip(ledger.menus, losses.rows, losses.noise, solution.choice, strict=True)
-    return [_row(m, row, noise, int(o)) for m, row, noise, o in rows]
-
-
-def _row(m: Menu, losses: Sequence[float], noise: Sequence[float], chosen: int) -> dict[str, Any]:
-    def option(plan: SitePlan, loss: float, error: float) -> dict[str, Any]:
-        assert plan.weight is not None
-        stored = site_bits(m.site, plan)
-        finite = loss if math.isfinite(loss) else None
-        facts = {
-            "spec": str(plain(plan.weight)),
-            "variant": variant_of(plan),
-            "width": plan.weight.bits,
-            "bits": stored,
-            "loss": finite,
-        }
-        return {**facts, "noise": error if math.isfinite(error) else None}
-
-    options = [option(*facts) for facts in zip(m.plans, losses, noise, strict=True)]
-    site = m.site
-    activation = m.plans[chosen].activation
-    facts = {"site": site.name, "op": site.op, "weights": site.count, "activation": activation}
-    return {
-        **facts,
-        **options[chosen],
-        "bytes": -(-int(options[chosen]["bits"]) // 8),
-        "chosen": chosen,
-        "options": options,
-    }

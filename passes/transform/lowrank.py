@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from qcompiler.formats.fit import encode, fit
 from qcompiler.formats.varied import Undo
 from qcompiler.graph.branches import add_branch
 from qcompiler.graph.sites import Site, find_sites
-from qcompiler.measure.gram import Gram, gram_bytes, grams
+from qcompiler.measure.gram import Gram, gram_parts, grams
 from qcompiler.model import Model
 from qcompiler.passes.transform.inputs import enough_samples
 from qcompiler.progress import Progress
@@ -26,7 +26,6 @@ _BITS = 16  # of a stored number
 _SHARE = 8  # one bit for so many weights is what a correction may store
 _FITS = 3  # of scales to what is left
 _REPEATS = 5  # of rounding with these scales
-_GRAM_BYTES = 1 << 29  # alive at a time
 Factors = tuple[Floats, Floats]
 
 
@@ -73,7 +72,7 @@ class LowRank:
         """See `Variant`. Refused: what is no plain product of one operation."""
         reasons = {site: _unfit(site) for site in formats}
         fit = [site for site, reason in reasons.items() if reason is None]
-        for chunk in _chunks(fit):
+        for chunk in gram_parts(fit, lambda site: [site]):
             known = grams(model, chunk, enough_samples(model))
             for site in progress.track([site for site in chunk if site.name in known], "low-rank corrections"):
                 self._offered[site.name] = _correction(site, formats[site], known[site.name])
@@ -111,18 +110,6 @@ def _unfit(site: Site) -> str | None:
 def rank_of(site: Site) -> int:
     """The rank that stores about an eighth of a bit per weight, at least 1."""
     return max(1, round(site.count / (_SHARE * _BITS * (site.rows + site.columns))))
-
-
-def _chunks(sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """Sites in parts whose Gram matrices fit into memory together."""
-    part: list[Site] = []
-    for site in sites:
-        if part and gram_bytes([*part, site]) > _GRAM_BYTES:
-            yield part
-            part = []
-        part.append(site)
-    if part:
-        yield part
 
 
 def _correction(site: Site, specs: Sequence[QuantSpec], gram: Gram) -> Correction:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from qcompiler.formats.varied import Undo, VariedSpec, effective
 from qcompiler.graph.folds import Fold, find_fold
 from qcompiler.graph.sites import Site
 from qcompiler.measure.cache import Cache
-from qcompiler.measure.gram import Gram, gram_bytes, grams
+from qcompiler.measure.gram import Gram, gram_parts, grams
 from qcompiler.model import Model
 from qcompiler.passes.transform.inputs import channel_reach, enough_samples, find_folds, layer_inputs
 from qcompiler.progress import Progress
@@ -28,7 +28,6 @@ _SMALLEST = 1e-4
 _GAIN = 0.98  # of the error without scales: less is not worth an option
 _ROWS = 128  # of a weight matrix, to judge a strength
 _SEARCHED = 3  # bits: the format whose error is searched is the one nearest to this
-_GRAM_BYTES = 1 << 29  # alive at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +89,7 @@ class Scaled:
         reach = channel_reach(model, {_label(fold): fold.axis for fold in folds}, 100.0)
         effects: dict[str, Columns] = {}
         tokens: dict[str, str] = {}
-        for chunk in _chunks(folds, readers):
+        for chunk in gram_parts(folds, lambda fold: readers[fold]):
             known = grams(model, [site for fold in chunk for site in readers[fold]], enough_samples(model))
             for fold in progress.track(chunk, "searching scales"):
                 found = _search(fold, readers[fold], reach[_label(fold)], formats, known)
@@ -166,18 +165,6 @@ def _columns(fold: Fold, site: Site, numbers: Doubles) -> Columns:
     assert site.weight.const_value is not None
     alike = (factors == factors[:1]).all()
     return Columns(factors[:1].copy() if alike else factors, site.weight.const_value.dtype.numpy())
-
-
-def _chunks(folds: Sequence[Fold], readers: Mapping[Fold, Sequence[Site]]) -> Iterator[list[Fold]]:
-    """Folds in parts whose Gram matrices fit into memory together."""
-    part: list[Fold] = []
-    for fold in folds:
-        if part and gram_bytes([s for f in (*part, fold) for s in readers[f]]) > _GRAM_BYTES:
-            yield part
-            part = []
-        part.append(fold)
-    if part:
-        yield part
 
 
 def _search(

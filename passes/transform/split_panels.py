@@ -15,7 +15,7 @@ from qcompiler.errors import BadOption, Refusal
 from qcompiler.graph.folds import Fold, find_fold
 from qcompiler.graph.panels import is_plain
 from qcompiler.graph.sites import Site, find_sites
-from qcompiler.measure.gram import gram_bytes, grams
+from qcompiler.measure.gram import gram_parts, grams
 from qcompiler.measure.proxy import column_costs, inverse_squares, saliences
 from qcompiler.model import Model
 from qcompiler.passes.transform.inputs import enough_samples, require_float
@@ -25,7 +25,6 @@ from qcompiler.pipeline import EXACT, Pass, PassReport
 from qcompiler.progress import Progress
 
 Floats = npt.NDArray[np.float64]
-_CHUNK_BYTES = 1 << 29  # of Gram matrices at a time
 _INDEX_BITS = 32  # of a Gather
 _SIZE_BITS = 64  # of a Split, for each panel
 
@@ -116,7 +115,7 @@ class SplitPanels(Pass):
         if self.order == "none" and self.cut == "equal":
             return {}
         costs: dict[ir.Value, Floats] = {}
-        for chunk in _chunks(readers):
+        for chunk in gram_parts(readers, lambda value: readers[value][:1]):
             found = grams(model, [readers[value][0] for value in chunk], enough_samples(model))
             for value in chunk:
                 curvature = _curvature(found[readers[value][0].name].matrix)
@@ -164,20 +163,6 @@ def _by_value(sites: Iterable[Site]) -> dict[ir.Value, list[Site]]:
         assert site.activation is not None
         readers.setdefault(site.activation, []).append(site)
     return readers
-
-
-def _chunks(readers: Mapping[ir.Value, Sequence[Site]]) -> list[list[ir.Value]]:
-    """The values in parts whose Gram matrices fit into memory together."""
-    parts: list[list[ir.Value]] = []
-    room = 0
-    for value, group in readers.items():
-        size = gram_bytes(group[:1])
-        if size > room:
-            parts.append([])
-            room = _CHUNK_BYTES
-        parts[-1].append(value)
-        room -= size
-    return parts
 
 
 def _curvature(gram: npt.NDArray[np.float32]) -> Floats:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from qcompiler.measure.stream import activations, measurement_key
 from qcompiler.model import Model
 
 Floats = npt.NDArray[np.float32]
+T = TypeVar("T")
+_TOGETHER = 1 << 29  # bytes of Gram matrices alive at a time, where a walk can be cut into parts
 _ROWS = 4096  # of one batch and site; convolutions have hundreds of thousands, which say the same
 
 
@@ -137,3 +139,15 @@ def gram_bytes(sites: Iterable[Site]) -> int:
     """Memory that `grams` of these sites takes."""
     shared = {uses: site for site in sites if (uses := _rows_of(site))}
     return sum(4 * max(site.groups, prod(site.shape[:-2]), 1) * site.columns**2 for site in shared.values())
+
+
+def gram_parts(items: Iterable[T], sites: Callable[[T], Sequence[Site]]) -> Iterator[list[T]]:
+    """Items in parts whose Gram matrices (of the sites of each) fit into memory together; at least one a part."""
+    part: list[T] = []
+    for item in items:
+        if part and gram_bytes([site for other in (*part, item) for site in sites(other)]) > _TOGETHER:
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
