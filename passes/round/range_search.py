@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
-from qcompiler.graph.sites import find_sites
+from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.segments import Boundary, Segment, Segments
 from qcompiler.model import Model, StaticRange
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
@@ -59,12 +60,10 @@ class RangeSearch:
         simulated.ranges = self.grids(self._at(100.0))
         InsertQDQ().run(simulated, Silent())
         sites = find_sites(simulated.ir)
+        for site in sites:
+            if site.name in model.weights:
+                _make_constant(site, model.weights[site.name].decode())
         self._segments = Segments(simulated.ir, sites)
-        self._weights = {
-            str(site.weight.name): site.from_matrix(model.weights[site.name].decode())
-            for site in sites
-            if site.name in model.weights
-        }
         self._starts = [self._segments.start(feed) for feed in feeds]
         self._movable = frozenset[str]().union(*(segment.weights for segment in self._segments))
 
@@ -121,8 +120,8 @@ class RangeSearch:
         return ends, loss
 
     def _changes(self, ends: Ends) -> dict[str, Array]:
-        """All weights and grids, under the names of their initializers."""
-        changes: dict[str, Array] = dict(self._weights)
+        """All grids, under the names of their initializers."""
+        changes: dict[str, Array] = {}
         for name, grid in self.grids(ends).items():
             changes[f"{name}_scale"] = np.array(grid.scale, np.float32)
             changes[f"{name}_zero"] = np.array(grid.zero, np.uint8)
@@ -147,6 +146,14 @@ class RangeSearch:
             if best is not None and number >= _FEW and losses[seen].sum() > _LOST * best[seen].sum():
                 break
         return losses
+
+
+def _make_constant(site: Site, matrix: npt.NDArray[np.float32]) -> None:
+    """Set a weight in its graph; convolutions are slower with weights that are fed."""
+    tensor = site.weight.const_value
+    assert tensor is not None
+    array = site.from_matrix(matrix).astype(tensor.dtype.numpy(), copy=False)
+    site.weight.const_value = ir.tensor(array, name=site.weight.name)
 
 
 def _power(array: Array) -> float:

@@ -108,7 +108,7 @@ class Probes:
         if index < self._position:
             self._position, self._boundary = 0, self._start
         while self._position < index:
-            self._boundary = self._chain[self._position].run(self._boundary, {})  # by the session of the probes
+            self._boundary = self._chain[self._position].run(self._boundary)
             self._position += 1
         return self._chain[index], self._boundary
 

@@ -141,7 +141,6 @@ class Segment:
         self.sites: tuple[Site, ...] = self._part.sites
         self.weights: frozenset[str] = self._part.weights
         self.made: frozenset[str] = self._part.made
-        self._of_sites = frozenset(str(site.weight.name) for site in self.sites)
         self._after: tuple[str, ...] = chain.parts[index + 1].before if index + 1 < len(chain.parts) else chain.outputs
         self._sessions = _Sessions(model, threads, 3)
         self._initializers = model.graph.initializers
@@ -166,10 +165,9 @@ class Segment:
 
         Args:
             boundary: of this segment; more entries than needed do no harm.
-            replace: initializer name -> array of the same shape; names that do not matter here are ignored. With
-                weights fed, an operation may round otherwise than with constant ones: None leaves them constant, and
-                where anything else is given, the weights of all sites of the segment are fed, so that results that
-                are compared (and those of a measurement that goes on in another process) come from one session.
+            replace: initializer name -> array of the same shape; names that do not matter here are ignored. An
+                operation may round otherwise (and convolutions are slower) where its weight is fed than where it is
+                constant: a result depends on which names are given, and on nothing that was run before.
             extra_outputs: values made in this segment (or of the boundary) to return as well.
         """
         made = self.read(boundary, (*self._part.outputs, *extra_outputs), replace)
@@ -185,17 +183,9 @@ class Segment:
         wanted = tuple(dict.fromkeys(name for name in names if name not in boundary))
         if not wanted:
             return found
-        changes: dict[str, Array] = {}
-        if replace is not None:
-            named = (self._of_sites | replace.keys()) & self.weights
-            changes = {name: replace[name] if name in replace else self._own(name) for name in named}
+        changes = {name: array for name, array in (replace or {}).items() if name in self.weights}
         runner = self._sessions.get(self._part.inputs, wanted, changes.keys(), boundary)
         return found | runner({**boundary, **changes})
-
-    def _own(self, name: str) -> Array:
-        tensor = self._initializers[name].const_value
-        assert tensor is not None
-        return tensor.numpy()
 
     def drop(self) -> None:
         """Let go of the sessions and of the memory behind them."""
