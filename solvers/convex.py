@@ -16,12 +16,12 @@ This is convex quadratic reformulation (Billionnet, Elloumi, Plateau 2009) with 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linprog
 
+from qcompiler.solvers import clock
 from qcompiler.solvers.pairs import PairProblem, Terms
 from qcompiler.solvers.problem import Choice, Floats
 
@@ -93,14 +93,14 @@ class ConvexBound:
         self.best, step = found, 1.0
         factor: Floats | None = None
         for _ in range(rounds):
-            if self.best.bound >= enough or time.monotonic() > self.deadline:
+            if self.best.bound >= enough or clock.now() > self.deadline:
                 break
             target, factor = self._better_blocks(found.point, factor)
             gain = None
             for _ in range(4):
                 tried = blocks + step * (target - blocks)
                 better = self._judge(tried, found.point)
-                if better.bound > self.best.bound or time.monotonic() > self.deadline:
+                if better.bound > self.best.bound or clock.now() > self.deadline:
                     gain = better.bound - self.best.bound
                     break
                 step /= 2
@@ -153,7 +153,7 @@ class ConvexBound:
                 if best - before <= near:
                     break
                 before = best
-            if value - best <= near or (number % 16 == 0 and time.monotonic() > self.deadline):
+            if value - best <= near or (number % 16 == 0 and clock.now() > self.deadline):
                 break
             along = (corner - x).ravel()
             bent = matrix @ along
@@ -204,7 +204,7 @@ class ConvexBound:
                 field += self._cross[:, own] @ (new - v[u])
                 v[u] = new
             total = float((view * v).sum())
-            if time.monotonic() > self.deadline or last - total <= 1e-5 * abs(total):
+            if clock.now() > self.deadline or last - total <= 1e-5 * abs(total):
                 break
             last = total
         # Stationarity says (cross + W) v = 0: W_u = -field_u v_u' (v_u v_u')^-1, symmetric up to convergence.

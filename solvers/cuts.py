@@ -9,13 +9,13 @@ is solved first: its prices are nearly those of all, so few evaluations see all 
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linprog
 
+from qcompiler.solvers import clock
 from qcompiler.solvers.problem import Choice, Floats, InfeasibleProblem, Problem
 
 _SAMPLE = 1 << 14
@@ -54,7 +54,7 @@ def prices_by_cuts(problem: Problem, until: float) -> tuple[dict[str, float], Ch
         up, down = point >= high * (1 - 1e-9), (point <= low * (1 + 1e-9)) & (low > 0)
         up &= high < _HIGHEST
         done = top - planes.best <= _ACCURACY * abs(planes.best) + 2 * planes.error(point)
-        if (done and not (up | down).any()) or time.monotonic() > until:
+        if (done and not (up | down).any()) or clock.now() > until:
             break
         high = np.where(up, high * 4, high)
         low = np.where(down, np.where(low > 1e-9, low / 4, 0), low)

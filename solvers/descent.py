@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.solvers import clock
 from qcompiler.solvers.problem import Choice, Floats, Problem
 
 _PAIR_MOVES = 1500  # a table of this size squared is searched for the best exchange of two units
@@ -42,7 +42,7 @@ class Descent:
         for _ in range(self.problem.loss.size + 1):
             if self.problem.feasible(choice):
                 return choice
-            if self.problem.units > NEAREST and time.monotonic() > self.deadline:
+            if self.problem.units > NEAREST and clock.now() > self.deadline:
                 return None  # a move of a large problem takes seconds
             loss, cost, room = self._moves(choice)
             excess = np.maximum(-room, 0) / self.spread
@@ -60,7 +60,7 @@ class Descent:
     def improve(self, choice: Choice) -> Choice:
         """The best feasible choice that single moves and exchanges of two units reach."""
         best = self.problem.objective(choice)
-        while time.monotonic() < self.deadline:
+        while clock.now() < self.deadline:
             found = next((c for c in self._proposals(choice) if self._better(c, best)), None)
             if found is None:
                 break
@@ -147,7 +147,7 @@ def polished(problem: Problem, multipliers: Mapping[str, float], choice: Choice,
             moved[units] = descent.improve(repaired)
             if problem.feasible(moved):
                 return moved
-        if time.monotonic() > deadline:
+        if clock.now() > deadline:
             return None
         size *= 8
     descent = Descent(problem, multipliers, deadline)

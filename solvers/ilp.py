@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pulp
 
+from qcompiler.solvers import clock
 from qcompiler.solvers.knapsack import solve_lagrangian
 from qcompiler.solvers.problem import Choice, Floats, InfeasibleProblem, NoChoiceFound, Problem, Solution, separable
 from qcompiler.solvers.program import ACCURACY, Answer, check_engine, run
@@ -125,7 +126,7 @@ def solve_core(
     scale = _scale(problem, options)
     cuts, bound = list(excluded), -math.inf
     for tighter in _TIGHTER:
-        left = until - time.monotonic()
+        left = until - clock.now()
         if left <= 0.05:
             break
         program, variables = _program(problem, options, (problem.loss - low[:, None]) / scale, tighter)

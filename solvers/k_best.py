@@ -15,6 +15,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.solvers.clock import interrupted, interruptible
 from qcompiler.solvers.ilp import LARGEST, allowance, solve_core, useful
 from qcompiler.solvers.knapsack import solve_lagrangian
 from qcompiler.solvers.problem import Choice, InfeasibleProblem, NoChoiceFound, Problem, Solution, separable
@@ -46,7 +47,7 @@ def k_best(problem: Problem, count: int, deadline: float = 60.0) -> list[Solutio
     Args:
         problem: without quadratic terms.
         count: how many, at least 1.
-        deadline: seconds for all of them.
+        deadline: seconds for all of them; Ctrl-C ends it as the deadline does (see `clock`).
 
     Raises:
         InfeasibleProblem: proven to have no feasible choice.
@@ -57,14 +58,17 @@ def k_best(problem: Problem, count: int, deadline: float = 60.0) -> list[Solutio
         raise ValueError(f"count is {count}, and must be at least 1")
     start = time.monotonic()
     merged, members = separable(problem)
-    search = _prepared(merged, count, deadline)
-    free = search.options.sum(axis=1).astype(float)
-    if free.prod() <= _ENUMERATED:
-        found = _enumerated(search, count)
-    elif free[free > 1].sum() <= LARGEST:
-        found = _by_program(search, count, start + deadline)
-    else:
-        found = _completed(search, [], count, search.bound)
+    with interruptible():
+        search = _prepared(merged, count, deadline)
+        free = search.options.sum(axis=1).astype(float)
+        if free.prod() <= _ENUMERATED:
+            found = _enumerated(search, count)
+        elif free[free > 1].sum() <= LARGEST:
+            found = _by_program(search, count, start + deadline)
+        else:
+            found = _completed(search, [], count, search.bound)
+        if not found and interrupted():
+            raise KeyboardInterrupt
     if not found:
         raise NoChoiceFound("time ran out before a feasible choice was found")
     seconds = time.monotonic() - start

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.solvers import clock
 from qcompiler.solvers.certificate import dual_bound
 from qcompiler.solvers.knapsack import solve_lagrangian
 from qcompiler.solvers.problem import (
@@ -73,7 +74,7 @@ class Measured:
     @property
     def late(self) -> bool:
         """Whether the deadline has passed."""
-        return time.monotonic() >= self.until
+        return clock.now() >= self.until
 
     def measure(self, choice: Choice) -> tuple[float, float]:
         """(loss, how far over the budgets: 0 if feasible, else relative to the spread of costs)."""

@@ -15,12 +15,12 @@ the units' best options use.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.solvers import clock
 from qcompiler.solvers.pairs import PairProblem, Terms
 from qcompiler.solvers.problem import Choice, Floats
 
@@ -108,7 +108,7 @@ class MessagePassing:
             if self.best is None or found.bound > self.best.bound:
                 self.best = found
             rise = found.bound - last
-            if self.best.bound >= enough or time.monotonic() > self.deadline:
+            if self.best.bound >= enough or clock.now() > self.deadline:
                 break
             if abs(rise) <= _STALLED * abs(found.bound) and step < 0.02:
                 break
@@ -127,7 +127,7 @@ class MessagePassing:
             for number in range(_SWEEPS):
                 for u in order if number % 2 == 0 else reversed(order):
                     self._visit(terms.unary[u], pair, u, forward=number % 2 == 0)
-                if time.monotonic() > self.deadline:
+                if clock.now() > self.deadline:
                     break
         return self._dual(terms.unary, pair)
 

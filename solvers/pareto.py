@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qcompiler.solvers.clock import interrupted, interruptible
 from qcompiler.solvers.problem import Choice, InfeasibleProblem, NoChoiceFound, Problem, Solution
 from qcompiler.solvers.solve import solve as solve_any
 
@@ -49,6 +50,8 @@ def pareto(
     Along the path the loss never rises and the bound never does: a choice that fits a budget fits a larger one, and
     what no choice within a larger budget can reach, none within a smaller one can.
 
+    Ctrl-C ends it, with the points found.
+
     Args:
         problem: quadratic terms included, if `solve` takes them.
         resource: one of its costs; its own budget is replaced.
@@ -71,13 +74,16 @@ def pareto(
         raise ValueError("amounts must be finite, and at least one")
     points: list[ParetoPoint] = []
     missing: InfeasibleProblem | NoChoiceFound | None = None
-    for amount in budgets:
-        try:
-            found = _point(replace(problem, budgets={**problem.budgets, resource: amount}), resource, solve)
-        except (InfeasibleProblem, NoChoiceFound) as error:
-            missing = error
-            found = None
-        points += _after(points, found, amount)
+    with interruptible():
+        for amount in budgets:
+            try:
+                found = _point(replace(problem, budgets={**problem.budgets, resource: amount}), resource, solve)
+            except (InfeasibleProblem, NoChoiceFound) as error:
+                missing = error
+                found = None
+            points += _after(points, found, amount)
+            if interrupted():
+                break
     if not points:
         assert missing is not None
         raise missing

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pulp
 
+from qcompiler.solvers.clock import interrupted, outside
 from qcompiler.solvers.problem import Choice
 
 ACCURACY = 1e-7  # of the integer solvers' bounds, on losses scaled to 1
@@ -68,17 +69,22 @@ def run(
     Raises ValueError for another engine, or if none is installed.
     """
     check_engine(engine)
-    highs = pulp.HiGHS(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1, **_TOLERANCES)
-    if engine == "highs" and highs.available():
-        program.solve(highs)
+    limits: dict[str, Any] = {"msg": False, "timeLimit": seconds, "gapRel": 0.0, "gapAbs": 1e-9, "threads": 1}
+    if engine == "highs" and pulp.HiGHS(msg=False).available():
+        program.solve(pulp.HiGHS(**limits, **_TOLERANCES, callbackTuple=(_look_up, None), callbacksToActivate=_looks()))
         # PuLP calls a HiGHS run that timed out "Optimal": the bound is asked of HiGHS itself.
         model: Any = program.solverModel
         bound = float(model.getInfo().mip_dual_bound)
     else:
-        cbc = pulp.PULP_CBC_CMD(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=1e-9, threads=1)
+        cbc = pulp.PULP_CBC_CMD(**limits)
         if not cbc.available():
             raise ValueError("no integer solver is installed: pip install highspy")
-        _solve_outside(program, cbc)
+        try:
+            _solve_outside(program, cbc)
+        except KeyboardInterrupt:
+            if not interrupted():
+                raise
+            return Answer(None, -math.inf, False, False)
         bound = math.nan
     optimal = program.sol_status == pulp.LpSolutionOptimal
     infeasible = program.sol_status == pulp.LpSolutionInfeasible and program.status == pulp.LpStatusInfeasible
@@ -92,10 +98,25 @@ def run(
     return Answer(share.argmax(axis=1), bound, optimal, False)
 
 
+def _looks() -> list[Any]:
+    """When HiGHS calls `_look_up`."""
+    import highspy  # where it is missing, CBC is taken
+
+    kinds: Any = highspy.cb.HighsCallbackType
+    return [kinds.kCallbackMipInterrupt, kinds.kCallbackSimplexInterrupt]
+
+
+def _look_up(_kind: object, _message: str, _given: object, wanted: Any, _data: object) -> None:
+    """Called by HiGHS as it works, which gives Python a chance to see an interrupt at all."""
+    if interrupted():
+        wanted.user_interrupt = True
+
+
 def _solve_outside(program: pulp.LpProblem, solver: Any) -> None:
     """Solve by a program of its own, which ends with us and whose files go away, even when we are interrupted."""
     # Two folders: an interrupt while the inner one is being emptied leaves it to the outer one.
     with (
+        outside(),
         tempfile.TemporaryDirectory(prefix="qcompiler-program-") as outer,
         tempfile.TemporaryDirectory(dir=outer) as own,
     ):

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from qcompiler.solvers import clock
 from qcompiler.solvers.convex import ConvexBound
 from qcompiler.solvers.knapsack import solve_lagrangian
 from qcompiler.solvers.messages import MessagePassing
@@ -88,8 +89,7 @@ class _Search:
 
     def _until(self, share: float) -> float:
         """The moment when a share of the time that is left will have passed."""
-        now = time.monotonic()
-        return now + share * max(0.0, self.begin + self.seconds - now)
+        return time.monotonic() + share * max(0.0, self.begin + self.seconds - clock.now())
 
     def _done(self, gap: float | None = None) -> bool:
         if self.best is None or self.proven:

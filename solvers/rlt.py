@@ -16,13 +16,13 @@ bound stays true, and what is lost to it is at most the sum of those ranges.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pulp
 
+from qcompiler.solvers import clock
 from qcompiler.solvers import program as integer
 from qcompiler.solvers.pairs import PairProblem, Terms
 from qcompiler.solvers.problem import Choice, Floats
@@ -76,13 +76,13 @@ def linearised(
     accuracy = scale * integer.ACCURACY
     tighter, first = 0.0, None
     for _ in range(4):
-        left = deadline - time.monotonic()
+        left = deadline - clock.now()
         if left <= 0.05:
             break
         built = _program(problem, loss, live, kept, low, scale, tighter)
-        if time.monotonic() > deadline:
+        if clock.now() > deadline:
             break
-        answer = integer.run(*built, live, max(0.05, deadline - time.monotonic()), engine)
+        answer = integer.run(*built, live, max(0.05, deadline - clock.now()), engine)
         first = first or answer
         if answer.choice is None or problem.problem.feasible(answer.choice):
             untouched = answer is first

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from qcompiler.solvers.clock import interrupted, interruptible
 from qcompiler.solvers.ilp import solve_ilp
 from qcompiler.solvers.knapsack import solve_lagrangian
 from qcompiler.solvers.metropolis import solve_metropolis
 from qcompiler.solvers.policy_search import solve_policy_search
-from qcompiler.solvers.problem import Problem, Solution
+from qcompiler.solvers.problem import NoChoiceFound, Problem, Solution
 from qcompiler.solvers.quadratic import solve_quadratic
 from qcompiler.solvers.soft_mixture import solve_soft_mixture
 
@@ -31,7 +32,8 @@ def solve(problem: Problem, method: str = "auto", deadline: float = 60.0) -> Sol
         problem: separable, or with terms between units.
         method: one of `METHODS`; "auto" takes "ilp" for a separable problem (from the
             Lagrangian solution to proven optimality, its core stays small at any size), "quadratic" for any other.
-        deadline: seconds; when they have passed, the best choice and bound known are returned.
+        deadline: seconds; when they have passed, or at Ctrl-C, the best choice and bound known are returned (see
+            `clock`).
 
     Returns:
         The choice, with its loss, a lower bound, and which method found them.
@@ -39,10 +41,18 @@ def solve(problem: Problem, method: str = "auto", deadline: float = 60.0) -> Sol
     Raises:
         InfeasibleProblem: proven to have no feasible choice.
         NoChoiceFound: none was found in time.
+        KeyboardInterrupt: none was found before it came.
         ValueError: an unknown method, or one that does not take what the problem has.
     """
     if method not in ("auto", *METHODS):
         raise ValueError(f"unknown method '{method}': use auto, {', '.join(METHODS)}")
     name = method if method != "auto" else "ilp" if problem.separable else "quadratic"
     start = time.monotonic()
-    return replace(METHODS[name](problem, deadline), seconds=time.monotonic() - start)
+    with interruptible():
+        try:
+            found = METHODS[name](problem, deadline)
+        except NoChoiceFound:
+            if interrupted():
+                raise KeyboardInterrupt from None
+            raise
+    return replace(found, seconds=time.monotonic() - start)

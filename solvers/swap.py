@@ -7,12 +7,12 @@ is made (tabu search, Glover 1989): a single descent has lost up to 24 % on smal
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.solvers import clock
 from qcompiler.solvers.pairs import PairProblem, Terms
 from qcompiler.solvers.problem import Choice, Floats
 
@@ -38,7 +38,7 @@ class SwapSearch:
     def run(self, starts: Iterable[Choice]) -> tuple[float, Choice] | None:
         """The best feasible choice that walks from the starts meet, with its loss; None if none is met."""
         for start in starts:
-            if time.monotonic() > self.deadline and self.found:
+            if clock.now() > self.deadline and self.found:
                 break
             choice = self.repaired(start)
             if choice is not None:
@@ -81,7 +81,7 @@ class SwapSearch:
         best, since = loss, 0
         self._remember(choice, loss)
         for step in range(100 * self.problem.units + 1000):
-            if since > _PATIENCE or time.monotonic() > self.deadline:
+            if since > _PATIENCE or clock.now() > self.deadline:
                 break
             moves = self._next(choice, tabu > step, best - loss)
             if moves is None:

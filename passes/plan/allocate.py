@@ -28,6 +28,7 @@ from qcompiler.passes.plan.variants import Variants, require_known, varied
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress
+from qcompiler.solvers.clock import interrupts_raise
 from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem, Solution
 from qcompiler.solvers.program import installed
 from qcompiler.target import Backend
@@ -134,6 +135,7 @@ class Allocate(Pass):
         if installed() is None:
             raise SolverUnavailable("no integer solver is usable (HiGHS, CBC)", "allocate", "pip install highspy")
 
+    @interrupts_raise()
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.plan`."""
         mode = _ACTIVATIONS[self.activations]

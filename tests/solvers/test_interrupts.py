@@ -6,7 +6,7 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qcompiler.solvers import clock
 from qcompiler.solvers.certificate import check
 from qcompiler.solvers.ilp import solve_ilp
 from qcompiler.solvers.k_best import k_best
-from qcompiler.solvers.problem import NoChoiceFound, Problem
-from qcompiler.solvers.solve import METHODS
+from qcompiler.solvers.pareto import pareto
+from qcompiler.solvers.problem import NoChoiceFound, Problem, Solution
+from qcompiler.solvers.solve import METHODS, solve
 from tests.solvers.toys import layers, quadratic
 
 PAIRED = ("quadratic", "metropolis", "soft-mixture", "policy-search")  # methods that take terms between units
@@ -34,10 +36,34 @@ def interrupted(seconds: float) -> Generator[list[float]]:
         came.append(time.monotonic())
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGALRM, stop)
+    with _alarm(stop, seconds):
+        yield came
+
+
+@contextmanager
+def ctrl_c(*seconds: float) -> Generator[None]:
+    """SIGINT to this process after some seconds, and again after some more."""
+    left = [*seconds]
+
+    def press(*_: object) -> None:
+        left.pop(0)
+        signal.setitimer(signal.ITIMER_REAL, left[0] if left else 0)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background shells
+    try:
+        with _alarm(press, seconds[0]):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _alarm(handler: Callable[..., None], seconds: float) -> Generator[None]:
+    before = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield came
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -109,13 +135,88 @@ def test_an_interrupt_ends_a_solve_and_nothing_else(method: str, scratch: Path) 
 
 
 def test_the_process_of_cbc_ends_with_the_solve(scratch: Path) -> None:
-    """Six random budgets keep it busy for minutes."""
-    rng, running = np.random.default_rng(5), children()
-    costs = {f"r{r}": rng.integers(1, 1000, (80, 5)).astype(float) for r in range(6)}
-    budgets = {name: float(int(cost.mean(axis=1).sum() * 0.8)) for name, cost in costs.items()}
-    problem = Problem(rng.uniform(1, 2, (80, 5)), costs, budgets)
-
+    running = children()
     with pytest.raises(KeyboardInterrupt), interrupted(3.0):
-        solve_ilp(problem, 60.0, "cbc")
+        solve_ilp(busy(), 60.0, "cbc")
     assert children() == running
     assert not list(scratch.iterdir())
+
+
+def busy() -> Problem:
+    """Six random budgets keep integer solvers busy for minutes."""
+    rng = np.random.default_rng(5)
+    costs = {f"r{r}": rng.integers(1, 1000, (80, 5)).astype(float) for r in range(6)}
+    budgets = {name: float(int(cost.mean(axis=1).sum() * 0.8)) for name, cost in costs.items()}
+    return Problem(rng.uniform(1, 2, (80, 5)), costs, budgets)
+
+
+@pytest.mark.parametrize("engine", ["highs", "cbc"])
+def test_at_ctrl_c_a_solve_gives_its_best_and_a_bound(
+    engine: str, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "ilp", lambda problem, seconds: solve_ilp(problem, seconds, engine))
+    problem, running, begin = busy(), children(), time.monotonic()
+    with ctrl_c(1.5):
+        found = solve(problem, deadline=60.0)
+    assert 1.5 <= time.monotonic() - begin < 1.5 + _SLOW
+    assert found.status == "feasible"
+    assert problem.feasible(found.choice)
+    assert 0 < found.gap < 0.2
+    assert check(problem, found).valid
+    assert children() == running
+    assert not list(scratch.iterdir())
+    assert signal.getsignal(signal.SIGINT) is not None
+    assert not clock.interrupted()
+
+
+def test_at_ctrl_c_terms_between_units_give_their_best_too() -> None:
+    problem, begin = quadratic(3, 60, 4), time.monotonic()
+    with ctrl_c(1.0):
+        found = solve(problem, deadline=60.0)
+    assert time.monotonic() - begin < 1.0 + _SLOW
+    assert check(problem, found).valid
+
+
+def test_the_second_ctrl_c_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deaf(problem: Problem, seconds: float) -> Solution:
+        time.sleep(seconds)
+        raise NoChoiceFound("not reached")
+
+    monkeypatch.setitem(METHODS, "ilp", deaf)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), ctrl_c(0.2, 0.2):
+        solve(busy(), deadline=20.0)
+    assert time.monotonic() - begin < _SLOW
+
+
+def test_without_a_choice_ctrl_c_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hopeless(problem: Problem, seconds: float) -> Solution:
+        until = time.monotonic() + seconds
+        while clock.now() < until:
+            time.sleep(0.01)
+        raise NoChoiceFound("none")
+
+    monkeypatch.setitem(METHODS, "ilp", hopeless)
+    with pytest.raises(KeyboardInterrupt), ctrl_c(0.2):
+        solve(busy(), deadline=20.0)
+    with pytest.raises(NoChoiceFound):
+        solve(busy(), deadline=0.1)
+
+
+def test_at_ctrl_c_a_path_and_the_best_few_are_what_is_known_by_then() -> None:
+    problem = busy()
+    with ctrl_c(1.5):
+        few = k_best(problem, 5, deadline=60.0)
+    assert 1 <= len(few) <= 5
+    assert all(problem.feasible(found.choice) for found in few)
+    amounts = np.linspace(0.8, 1.2, 9) * problem.budgets["r0"]
+    with ctrl_c(1.5):
+        points = pareto(problem, "r0", amounts)
+    assert 1 <= len(points) < 9
+
+
+def test_where_a_solve_is_part_of_more_ctrl_c_ends_all() -> None:
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), ctrl_c(1.0), clock.interrupts_raise():
+        solve(busy(), deadline=60.0)
+    assert time.monotonic() - begin < 1.0 + _SLOW  # HiGHS would have gone on to its deadline
