@@ -53,3 +53,9 @@ def test_a_latency_is_compared(capsys: pytest.CaptureFixture[str], change: dict[
 
 def test_without_a_latency_no_time_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert not [name for name in shown(capsys, SOLVED, measured=MEASURED, latency={}) if name.startswith("time")]
+
+
+def test_what_is_no_loss_of_the_model_is_said_to_be_something_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, SOLVED)["predicted loss"] == "0.12"
+    own = shown(capsys, SOLVED | {"loss_units": "errors of single layers"})
+    assert own["predicted loss"] == "0.12 (no loss of the model: errors of single layers)"

@@ -17,7 +17,7 @@ from qcompiler.passes.plan.conflict import conflict, require_together
 from qcompiler.passes.plan.decide import SEPARABLE, contenders, judge, reranked, runs, solved
 from qcompiler.passes.plan.facts import gap_text, site_table, solution_facts
 from qcompiler.passes.plan.ledger import Ledger, assert_within
-from qcompiler.passes.plan.losses import METHODS, Losses, measured_losses
+from qcompiler.passes.plan.losses import METHODS, UNITS, Losses, measured_losses
 from qcompiler.passes.plan.measured import Measured, require_clock
 from qcompiler.passes.plan.mixed import parse_mixed
 from qcompiler.passes.plan.pairs import SECONDS as PAIR_SECONDS
@@ -167,6 +167,7 @@ class Allocate(Pass):
         bits, size = assert_within(model, self.budgets)
         believed = replace(problem, cross=None) if solution.method in SEPARABLE else problem
         facts = solution_facts(self.budget, ledger, believed, solution, size)
+        facts["loss_units"] = UNITS.get(self.loss)
         if self.pareto and ledger.menus:
             facts["pareto"] = solved_path(ledger, believed, self.pareto, progress)
         model.plan = replace(model.plan, solution=facts)

@@ -26,6 +26,12 @@ from qcompiler.solvers.pairs import MOST_OPTIONS
 
 Floats = npt.NDArray[np.float64]
 Plans = Sequence[Sequence[SitePlan]]
+UNITS = {  # of methods whose numbers are no losses of the model's output
+    "hutchinson": "mean curvature times squared error of the weights",
+    "hessian": "errors of single layers",
+    "masked": "shares of the largest",
+    "masked-output": "shares of the largest",
+}
 _PAIRED = ("gram", "pairwise")  # the methods that know how changes of two sites add up
 
 

@@ -124,7 +124,7 @@ def _print_plan(result: CompileResult) -> None:
         [
             *_bits(result),
             ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}"),
-            ("predicted loss", brief(result.predicted_loss)),
+            ("predicted loss", _predicted(result)),
             *_proven(result),
             *_times(result),
             ("peak memory expected", size(result.peak_rss_bytes)),
@@ -143,6 +143,12 @@ def _bits(result: CompileResult) -> list[tuple[str, str]]:
         stored = size(sum(weight.bytes for weight in left))
         facts.append(("not in the average", f"{stored} of float weights: '{left[0].where}' ({left[0].reason}){more}"))
     return facts
+
+
+def _predicted(result: CompileResult) -> str:
+    """The predicted loss, and in what units if it is not comparable with a measured one."""
+    units = result.plan.solution.get("loss_units")
+    return brief(result.predicted_loss) + (f" (no loss of the model: {units})" if units else "")
 
 
 def _proven(result: CompileResult) -> list[tuple[str, str]]:
@@ -191,7 +197,7 @@ def _print_summary(result: CompileResult) -> None:
         *_bits(result),
         ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}, {ratio:.1f} times smaller"),
         ("files to ship", _files(result.artifact)),
-        ("loss", f"{brief(result.realised_loss)} on {data}, predicted {brief(result.predicted_loss)}"),
+        ("loss", f"{brief(result.realised_loss)} on {data}, predicted {_predicted(result)}"),
         ("SQNR", f"{brief(fidelity['sqnr_db'], '.1f')} dB{of_outputs(kinds)}"),
     ]
     if fidelity["top1_agreement"] is not None:

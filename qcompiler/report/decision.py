@@ -46,6 +46,7 @@ def decision(reports: Sequence[PassReport], solution: Mapping[str, Any]) -> dict
         "status": solution.get("status"),
         "seconds": solution.get("seconds"),
         "predicted": solution.get("predicted_loss"),
+        "units": solution.get("loss_units"),
         "bound": solution.get("lower_bound"),
         "gap": solution.get("gap"),
         "bops": _metric(reports, "latency").get("bops"),

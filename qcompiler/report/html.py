@@ -19,10 +19,11 @@ def render(data: Mapping[str, Any]) -> str:
     plain = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     data = {**_LATER, **data}
     layers = data["layers"]
+    comparable = not (data["decision"] or {}).get("units")  # or predictions say nothing about single losses
     charts = {
         "bits": plots.bits_per_layer(layers),
         "sensitivity": allocation_plots.sensitivity(data["sensitivity"]),
-        "scatter": plots.predicted_realised(layers, _judged_by(data["figures"]["held_back"])),
+        "scatter": plots.predicted_realised(layers if comparable else [], _judged_by(data["figures"]["held_back"])),
         "curve": plots.size_curve(data["curve"]),
         "parts": plots.byte_parts(data["parts"]),
         "treemap": plots.byte_treemap(layers),

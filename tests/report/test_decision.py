@@ -152,3 +152,11 @@ def test_sensitivities_have_their_errors() -> None:
     # 0.01 - 0.02 is below every loss: the box ends at the floor of the chart, not outside
     assert max(float(r.get("y", 0)) + float(r.get("height", 0)) for r in chart.iter("rect")) <= 330 - 38 + 0.1
     assert allocation_plots.sensitivity(found).count("<rect") == 3
+
+
+def test_what_is_no_loss_of_the_model_is_not_set_beside_one() -> None:
+    told, own = words(), words(solution=SOLVED | {"loss_units": "errors of single layers"})
+    assert "realised; predicted 0.3" in told
+    assert "Predicted against realised" in told
+    assert "realised; the predicted 0.3 is of errors of single layers" in own
+    assert "Predicted against realised" not in own
