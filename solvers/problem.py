@@ -78,6 +78,10 @@ class Problem:
         for name, cost in self.costs.items():
             if cost.shape != loss.shape or not np.isfinite(cost).all():
                 raise ValueError(f"cost '{name}' must be finite and of the shape of loss, {loss.shape}")
+            if not isinstance(name, str):
+                raise ValueError(f"a resource is called by a string, not {name!r}")
+            if not np.abs(cost).max(initial=0.0) < _LARGEST:
+                raise ValueError(f"a cost '{name}' is beyond {_LARGEST:g}: sums of such numbers overflow; scale it")
         for name, budget in self.budgets.items():
             if name not in self.costs or not math.isfinite(budget):
                 raise ValueError(f"budget '{name}' must be finite and name a cost")

@@ -13,7 +13,7 @@ from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
 from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Activations, Menu, menu, passed_over, target_for
-from qcompiler.passes.plan.conflict import conflict, require_together
+from qcompiler.passes.plan.conflict import conflict, require_feasible
 from qcompiler.passes.plan.decide import SEPARABLE, contenders, judge, reranked, runs, solved
 from qcompiler.passes.plan.facts import gap_text, site_table, solution_facts
 from qcompiler.passes.plan.ledger import Ledger, assert_within
@@ -149,15 +149,12 @@ class Allocate(Pass):
         pairs = Pairs.of(model, free, self.pairs)
         menus, groups, refused = tied([pairs.narrowed(m) for m in menus], ties)
         ledger = Ledger.of(model, sites, menus, kept)
-        stored = [budget for budget in self.budgets if budget.stored]
-        ledger.require_feasible(stored, groups)
-        require_together(ledger, stored, groups)
+        require_feasible(ledger, [budget for budget in self.budgets if budget.stored], groups, pairs)
         menus, variants = varied(model, menus, self.variants, ties, progress)
         ledger = replace(ledger, menus=tuple(m for m in menus if m.plans))
         timing = Measured(model, backend, sites, self.budgets, progress)
         ledger = timing.price(ledger, groups)
-        ledger.require_feasible(self.budgets, groups)
-        require_together(ledger, self.budgets, groups)
+        require_feasible(ledger, self.budgets, groups, pairs)
         losses = measured_losses(model, ledger.menus, self.loss, self.samples, self.seconds, progress)
         settled = _settled(variants, ledger, losses, self.budgets, groups)
         ledger, problem, solution, judged = self._decide(model, timing, ledger, groups, settled, pairs)

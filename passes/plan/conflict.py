@@ -1,4 +1,4 @@
-"""Budgets that can each be met alone but not together: found before long work, and told in the budgets' own units."""
+"""Budgets that cannot be met, alone or together: found before long work, and told in the budgets' own units."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import numpy as np
 from qcompiler.budget import Budget
 from qcompiler.errors import BudgetInfeasible
 from qcompiler.passes.plan.ledger import Ledger, tightest
+from qcompiler.passes.plan.pairs import Pairs
 from qcompiler.solvers.problem import InfeasibleProblem, NoChoiceFound, Problem, Solution
 from qcompiler.solvers.solve import solve
 
 _SECONDS = 4.0  # of a solver, for the least of one resource within the budgets of the others
 
 
-def require_together(ledger: Ledger, budgets: Sequence[Budget], ties: Sequence[tuple[int, ...]]) -> None:
+def require_feasible(ledger: Ledger, budgets: Sequence[Budget], ties: Sequence[tuple[int, ...]], pairs: Pairs) -> None:
     """Raise BudgetInfeasible if it is proven that no choice of options meets all budgets, whatever it loses."""
-    problem = ledger.problem([[0.0] * len(m.plans) for m in ledger.menus], budgets, ties)
+    if not pairs.width:
+        ledger.require_feasible(budgets, ties)
+    blank = [[0.0] * len(m.plans) for m in ledger.menus]
+    problem = pairs.held(ledger.problem(blank, budgets, ties), ledger.menus)
     if len(problem.budgets) < 2:
         return
     name = next(iter(problem.budgets))

@@ -18,8 +18,9 @@ from qcompiler.model import Model
 from qcompiler.passes.plan import allocate
 from qcompiler.passes.plan.allocate import Allocate
 from qcompiler.passes.plan.candidates import Menu
-from qcompiler.passes.plan.conflict import conflict, require_together
+from qcompiler.passes.plan.conflict import conflict, require_feasible
 from qcompiler.passes.plan.ledger import Ledger, Priced
+from qcompiler.passes.plan.pairs import Pairs
 from qcompiler.plan import SitePlan
 from qcompiler.progress import Silent
 
@@ -52,7 +53,7 @@ def message(ledger: Ledger, *budgets: str) -> str:
     asked = [parse_budget(text) for text in budgets]
     ledger.require_feasible(asked, ())
     with pytest.raises(BudgetInfeasible) as caught:
-        require_together(ledger, asked, ())
+        require_feasible(ledger, asked, (), Pairs())
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -76,13 +77,13 @@ def test_of_one_resource_the_tightest_counts(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("budgets", [("6.5bits", "5ms"), ("3bits", "11.01ms"), ("3bits",), ("3bits", "4bits")])
 def test_budgets_that_can_be_met_are(ledger: Ledger, budgets: tuple[str, ...]) -> None:
-    require_together(ledger, [parse_budget(text) for text in budgets], ())
+    require_feasible(ledger, [parse_budget(text) for text in budgets], (), Pairs())
 
 
 def test_ties_hold_where_budgets_are_held_against_each_other(ledger: Ledger) -> None:
     asked = [parse_budget(text) for text in ("6.5bits", "5ms")]
     with pytest.raises(BudgetInfeasible, match=r"enough would be 8\.5000bits or 7\.001ms"):
-        require_together(ledger, asked, ((0, 1),))
+        require_feasible(ledger, asked, ((0, 1),), Pairs())
 
 
 def test_each_budget_that_cannot_be_met_alone_is_named(ledger: Ledger) -> None:

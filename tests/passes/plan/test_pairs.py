@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import numpy as np
 import pytest
 
-from qcompiler.errors import BadOption, PassRefused
+from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused
 from qcompiler.graph.sites import find_sites
 from qcompiler.model import Model
 from qcompiler.passes.plan.allocate import Allocate
@@ -91,6 +92,19 @@ def test_every_matrix_has_the_common_width_on_average() -> None:
         assert sum(columns * (bits - 4) for columns, bits in widths.values()) == 0
         assert all(abs(bits - 4) <= 1 for _, bits in widths.values())
     assert len({spec.bits for spec in chosen.values() if spec}) > 1
+
+
+def test_the_smallest_budget_is_the_smallest_with_pairs() -> None:
+    def compiled(budget: str) -> None:
+        passes = [Allocate(budget=budget, bits=(2, 3, 4, 5), pairs=4, samples=4)]
+        Pipeline(passes, verify=False).run(cut_model())
+
+    with pytest.raises(BudgetInfeasible, match=r"budget 3\.5bits cannot be met") as caught:
+        compiled("3.5bits")
+    least = re.search(r"enough would be (\S+bits)", str(caught.value))
+    assert least
+    assert float(least[1].removesuffix("bits")) > 4
+    compiled(least[1])
 
 
 def test_what_cannot_be_paired_is_refused() -> None:
