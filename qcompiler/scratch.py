@@ -9,7 +9,10 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import threading
 import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -71,6 +74,25 @@ def is_spilled(array: Array) -> bool:
 
 def forget() -> None:
     """Let the system take the memory behind all spilled arrays; the next access reads the file again."""
-    for mapped in _maps:
+    for mapped in list(_maps):
         if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def forgetting(seconds: float = 0.01) -> Generator[None]:
+    """`forget` again and again, while a library reads spilled arrays one after the other and needs each only once."""
+    done = threading.Event()
+
+    def keep_forgetting() -> None:
+        while not done.wait(seconds):
+            forget()
+
+    thread = threading.Thread(target=keep_forgetting, name="forgetting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        forget()

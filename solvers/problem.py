@@ -75,11 +75,12 @@ class Problem:
             raise ValueError("loss must be [units, options], finite or +inf")
         if not np.abs(loss[np.isfinite(loss)]).max(initial=0.0) < _LARGEST:
             raise ValueError(f"a loss is beyond {_LARGEST:g}: sums of such numbers overflow; scale the losses")
+        names: list[object] = [*self.costs]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"resources are called by strings, not {names}")
         for name, cost in self.costs.items():
             if cost.shape != loss.shape or not np.isfinite(cost).all():
                 raise ValueError(f"cost '{name}' must be finite and of the shape of loss, {loss.shape}")
-            if not isinstance(name, str):
-                raise ValueError(f"a resource is called by a string, not {name!r}")
             if not np.abs(cost).max(initial=0.0) < _LARGEST:
                 raise ValueError(f"a cost '{name}' is beyond {_LARGEST:g}: sums of such numbers overflow; scale it")
         for name, budget in self.budgets.items():

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from typing import NoReturn
 
 import ml_dtypes
@@ -10,7 +12,7 @@ import psutil
 import pytest
 
 from qcompiler import scratch
-from qcompiler.scratch import forget, is_spilled, spilled
+from qcompiler.scratch import forget, forgetting, is_spilled, spilled
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int8, ml_dtypes.bfloat16, ml_dtypes.int4])
@@ -34,6 +36,22 @@ def test_forgotten_arrays_take_no_memory() -> None:
     forget()
     assert process.memory_info().rss < held - (1 << 25)
     assert found.sum() == 1 << 26
+
+
+def test_what_was_read_does_not_pile_up_while_forgetting() -> None:
+    found = [spilled(np.ones(1 << 25, np.uint8)) for _ in range(8)]
+    forget()
+    process, held = psutil.Process(), psutil.Process().memory_info().rss
+    with forgetting(0.001):
+        seen: list[int] = []
+        for array in found:
+            assert array.sum() == 1 << 25
+            time.sleep(0.05)
+            seen.append(process.memory_info().rss - held)
+        assert min(seen) < 1 << 25
+        assert max(seen) < 4 << 25  # all together are 8 << 25
+    assert not [thread for thread in threading.enumerate() if thread.name == "forgetting"]
+    assert sum(int(array.sum()) for array in found) == 8 << 25
 
 
 def test_without_room_on_the_disk_arrays_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

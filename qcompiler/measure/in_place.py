@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from qcompiler.scratch import forget
+from qcompiler.scratch import forgetting
 
+_WORTH_FORGETTING = 1 << 26  # bytes of weights
 _INLINE_BYTES = 1 << 12  # ORT wants small constants (shapes, axes) inside the model
 # It makes int8 codes, one scale for all, of weights that are meant to be float, wherever activations are quantized.
 _UNWANTED = ["WeightBiasQuantization"]
@@ -37,8 +39,11 @@ def open_in_place(model: ir.Model, options: Any) -> tuple[ort.InferenceSession, 
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in external.values()]
         options.add_external_initializers(list(external), values)
     proto = ir.to_proto(model).SerializeToString()
-    session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"], disabled_optimizers=_UNWANTED)
-    forget()  # of most weights the session has made a copy in the order that its kernels want
+    large = sum(array.nbytes for array in external.values()) >= _WORTH_FORGETTING
+    with forgetting() if large else nullcontext():  # it makes a copy of most weights, in the order its kernels want
+        session = ort.InferenceSession(
+            proto, options, providers=["CPUExecutionProvider"], disabled_optimizers=_UNWANTED
+        )
     return session, list(external.values())
 
 
