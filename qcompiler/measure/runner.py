@@ -23,8 +23,10 @@ import onnxruntime as ort
 from qcompiler.errors import BadData, BadModel
 from qcompiler.measure.decode import decode_constants
 from qcompiler.measure.in_place import open_in_place, shape_of
+from qcompiler.measure.memory import Growth
 
 Array = npt.NDArray[Any]
+_GROWTH = Growth()
 _FED_BYTES = 1 << 18  # a matrix from this size on is fed, not stored in the session
 _FED_BY = frozenset({"MatMul", "Gemm", "Gather", "Transpose"})
 _ADVICE = {  # what ORT says of a model that it cannot run -> what to do
@@ -113,6 +115,7 @@ class Runner:
             except Exception as error:  # ORT raises a dozen classes of its own that share no base
                 raise BadData(f"the graph cannot take this input ({_reason(error)})") from error
             results.update(zip(self._computed, values, strict=True))
+            _GROWTH.check()
         return {name: results[name] for name in self.outputs}
 
     def _open(
