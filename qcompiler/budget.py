@@ -126,8 +126,8 @@ def parse_budget(text: str) -> Budget:
     if at and kind != "seconds":
         raise BadOption(f"budget '{text}' has samples behind '@', which only a latency takes", "--budget", _HOW)
     if at and not _BATCH.fullmatch(batch):
-        fix = "give 1 to 999999, as in 8ms@4"
-        raise BadOption(f"budget '{text}' has no such number of samples behind '@'", "--budget", fix)
+        what = f"budget '{text}' has no number of samples from 1 to 999999 behind '@'"
+        raise BadOption(what, "--budget", f"{_HOW}; as in 8ms@4")
     if not (math.isfinite(float(number)) and float(number) > 0):
         raise BadOption(f"budget '{text}' is not a positive amount", "--budget", _HOW)
     return Budget(text.strip(), kind, Fraction(number) * scale, unit, int(batch) if at else 1)

@@ -22,12 +22,22 @@ def claim(kind: str) -> tuple[Path, Callable[[], None]]:
         kind: what it is for; part of its name.
     """
     _remove_abandoned()
+    return hold(lambda: Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-")))
+
+
+def hold(make: Callable[[], Path]) -> tuple[Path, Callable[[], None]]:
+    """A new folder with its lock, and what removes it (where it still is) and lets go of the lock.
+
+    Args:
+        make: makes an empty folder; again where another process took it for an abandoned one before it was locked.
+    """
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-"))
+        folder = make()
         descriptor = _lock(folder, wait=True)
-        if descriptor is None or _is_still(folder, descriptor):
+        if folder.is_dir() if descriptor is None else _is_still(folder, descriptor):
             break
-        os.close(descriptor)  # another process took it for an abandoned one before it was locked
+        if descriptor is not None:
+            os.close(descriptor)
 
     def release() -> None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,26 @@ def test_what_a_killed_process_has_left_is_removed_and_what_a_living_one_makes_i
         for process in processes:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks on folders")
+def test_a_folder_that_is_taken_for_an_abandoned_one_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process looks between the making of a folder and its lock."""
+    make_folder, swept = tempfile.mkdtemp, list[str]()
+
+    def unlucky(**options: str) -> str:
+        made = make_folder(**options)  # type: ignore[call-overload]
+        if not swept:
+            swept.append(made)
+            shutil.rmtree(made)
+        return made
+
+    monkeypatch.setattr(tempfile, "mkdtemp", unlucky)
+    make(tmp_path / "a.qc", "ours")
+    assert len(swept) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.qc"]
 
 
 def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_budgets_are_read_exactly(text: str, kind: str, amount: Fraction) -> Non
         ("8ms@", "no number of samples"),
         ("8ms@0", "no number of samples"),
         ("8ms@-1", "no number of samples"),
+        ("8ms@1000000", "no number of samples from 1 to 999999"),
         ("8MB@2", "only a latency"),
         ("1Gbops@2", "only a latency"),
         ("8ns", "no known unit"),

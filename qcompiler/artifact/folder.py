@@ -15,7 +15,7 @@ from typing import Any
 
 from qcompiler.artifact.manifest import KIND, MANIFEST
 from qcompiler.errors import OutputError
-from qcompiler.folders import locked
+from qcompiler.folders import hold, locked
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CACHE = "__pycache__"
@@ -29,7 +29,9 @@ def check_output(out: Path) -> None:
         OutputError: it exists and is not an artifact, or holds files beside it, or its parent cannot be written.
     """
     _refuse_foreign(out)
-    _temporary(_behind_links(out)).rmdir()
+    place = _behind_links(out)
+    _, release = hold(lambda: _temporary(place))
+    release()
 
 
 @contextmanager
@@ -44,18 +46,18 @@ def new_folder(out: Path) -> Generator[Path]:
     _refuse_foreign(out)
     out = _behind_links(out)
     _remove_abandoned(out)
-    folder = _temporary(out)
+    folder, release = hold(lambda: _temporary(out))
     try:
-        with locked(folder):
-            yield folder
-            _publish(folder, out)
+        _allow_as_usual(folder)
+        yield folder
+        _publish(folder, out)
     except OSError as error:
         if error.errno in _FULL:
             what = f"no room left ({os.strerror(error.errno or 0).lower()})"
             raise OutputError(what, str(out), "free some room or choose another folder with -o") from error
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        release()
 
 
 def check_file(path: Path) -> None:
@@ -136,17 +138,20 @@ def _is_cache(path: Path, ours: set[Path]) -> bool:
 
 def _temporary(out: Path) -> Path:
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.absolute().parent))
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.absolute().parent))
     except OSError as error:
         if error.errno not in (*_FULL, *_FORBIDDEN):
             raise
         reason = os.strerror(error.errno or 0).lower()
         fix = "choose another folder with -o"
         raise OutputError(f"cannot write there ({reason})", str(out.absolute().parent), fix) from error
+
+
+def _allow_as_usual(folder: Path) -> None:
+    """The permissions of a folder that is made without a word about them."""
     umask = os.umask(0)
     os.umask(umask)
     folder.chmod(0o777 & ~umask)
-    return folder
 
 
 def _remove_abandoned(out: Path) -> None:
@@ -165,10 +170,11 @@ def _publish(folder: Path, out: Path) -> None:
         folder.rename(out)
         return
     old = _temporary(out)
-    out.rename(old)
-    try:
-        folder.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    with locked(out):  # also under its new name
+        out.rename(old)
+        try:
+            folder.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
