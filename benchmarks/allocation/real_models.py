@@ -1,7 +1,7 @@
 """Is the chosen allocation truly better than uniform bits and than one that sees no terms between sites?
 
     python benchmarks/allocation/real_models.py --assets DIR --models mobilenet_v2,efficientnet_lite0
-        [--cache DIR] [--samples N]
+        [--cache DIR] [--samples N] [--seconds N] [--public N]
 
 For each uniform format of the list, the same bits are spent by: the format for all sites; the optimum of the single
 losses (diagonal); the optimum with the terms between sites; and that after running the best answers whole (what
@@ -48,8 +48,9 @@ def with_uniform(menus: list[Menu], text: str) -> tuple[list[Menu], list[int]]:
     return made, [m.plans.index(plan) for m in made]
 
 
-def run(assets: Path, name: str, cache: Path | None, samples: int, formats: tuple[str, ...]) -> None:
+def run(name: str, args: argparse.Namespace) -> None:
     """Print the rows of one model."""
+    assets, cache, formats = args.assets, args.cache, args.formats.split(",")
     model = load_onnx(assets / "models" / f"{name}.onnx")
     calibration, public = feeds(assets, name, "calib"), feeds(assets, name, "public")
     if calibration is None or public is None:
@@ -61,15 +62,16 @@ def run(assets: Path, name: str, cache: Path | None, samples: int, formats: tupl
     for text in formats:
         menus, _ = with_uniform(menus, text)
     clock = time.process_time()
-    losses = measured_losses(model, menus, "gram", samples, 1e9, Terminal())
+    losses = measured_losses(model, menus, "gram", args.samples, args.seconds, Terminal())
     measuring = time.process_time() - clock
     sites, plans = [m.site for m in menus], [list(m.plans) for m in menus]
     rest = Calibration.from_arrays(public, model.ir)
-    public_loss = TrueLoss(model, sites, plans, samples=min(rest.count, 260), data=rest, memory=2 << 30)
+    public_loss = TrueLoss(model, sites, plans, samples=min(rest.count, args.public), data=rest, memory=2 << 30)
     own = judge(model, menus, losses.facts["samples"])
     for text in formats:
         row = compared(menus, text, losses, own, public_loss)
-        print(json.dumps({"model": name, **row, "cpu_s_measuring": round(measuring, 1)}), flush=True)
+        row |= {"mode": losses.facts["mode"], "cpu_s_measuring": round(measuring, 1)}
+        print(json.dumps({"model": name, **row}), flush=True)
 
 
 def compared(
@@ -110,9 +112,11 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(UNIFORM))
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--samples", type=int, default=0, help="to measure with; 0: as many as are enough")
+    parser.add_argument("--seconds", type=float, default=1e9, help="for measuring; the default measures all formats")
+    parser.add_argument("--public", type=int, default=260, help="samples that judge, at most")
     args = parser.parse_args()
     for name in args.models.split(","):
-        run(args.assets, name, args.cache, args.samples, tuple(args.formats.split(",")))
+        run(name, args)
 
 
 if __name__ == "__main__":
