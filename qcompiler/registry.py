@@ -16,6 +16,7 @@ from qcompiler.errors import BadOption
 
 PASSES: dict[str, str] = {
     "equalize-activations": "qcompiler.passes.transform.equalize_activations:EqualizeActivations",
+    "rotate": "qcompiler.passes.transform.rotate:Rotate",
     "smooth": "qcompiler.passes.transform.smooth:Smooth",
     "scale-fold": "qcompiler.passes.transform.scale_fold:ScaleFold",
     "equalize": "qcompiler.passes.transform.equalize:Equalize",

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import BadOption, PassRefused, Refusal
 from qcompiler.graph.folds.apply import commit, read
-from qcompiler.graph.folds.fold import find_fold
+from qcompiler.graph.folds.fold import Fold, find_fold
 from qcompiler.graph.folds.labels import Unfit
 from qcompiler.graph.folds.region import Constant, dims, label, resolve
 from qcompiler.graph.folds.rules_shape import ints
@@ -57,19 +57,23 @@ class Stream:
     gains: tuple[tuple[ir.Node, int], ...]
 
     def fold_gains(self) -> list[Refusal]:
-        """Move the gains of the norms into the weights that read them; return those that cannot move."""
-        refused: list[Refusal] = []
-        for node, index in self.gains:
-            value, constant = node.outputs[0], _constant(node, index)
-            gain = read(constant.value).reshape(-1) + constant.offset
-            fold = find_fold(self.model, value)
-            if isinstance(fold, Refusal):
-                refused.append(fold)
-            elif np.any(gain == 0):
-                refused.append(Refusal(value.name or "?", f"{label(node)} has a gain of zero"))
-            else:
-                fold.scale(fold.tied(np.broadcast_to(gain, (fold.size,)), lambda group: float(group[0])))
+        """Move the gains of the norms into the weights that read them; if some cannot move, say why and move none."""
+        refused = [found for node, index in self.gains if isinstance(found := self._gain_fold(node, index), Refusal)]
+        for node, index in () if refused else self.gains:
+            fold, gain = self._gain_fold(node, index), self._gain(node, index)
+            assert isinstance(fold, Fold)  # a gain is in no other's way
+            fold.scale(fold.tied(np.broadcast_to(gain, (fold.size,)), lambda group: float(group[0])))
         return refused
+
+    def _gain_fold(self, node: ir.Node, index: int) -> Fold | Refusal:
+        value = node.outputs[0]
+        if np.any(self._gain(node, index) == 0):
+            return Refusal(value.name or "?", f"{label(node)} has a gain of zero")
+        return find_fold(self.model, value)
+
+    def _gain(self, node: ir.Node, index: int) -> npt.NDArray[np.float64]:
+        constant = _constant(node, index)
+        return np.asarray(read(constant.value).reshape(-1) + constant.offset, np.float64)
 
     def rotate(self, Q: npt.ArrayLike) -> None:
         """Multiply every value of the stream by Q from the right.

@@ -1,0 +1,96 @@
+"""Hadamard matrices: entries of +-1, orthogonal rows; turned by one, an outlier is shared out evenly.
+
+Orders: 1, 2, p + 1 for a prime p = 3 mod 4 and 2 (p + 1) for a prime p = 1 mod 4 (Paley), and twice any of these
+(Sylvester). So 12, 20, 28, 36, 60, ... and with them most widths of transformers. Other orders get a block-diagonal
+matrix of the largest blocks that there are.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+def rotation(width: int, seed: int = 0, block: int = 0) -> Floats:
+    """A random orthogonal matrix, diag(+-1) H / sqrt(block), float64 [width, width].
+
+    Args:
+        width: of what it turns.
+        seed: of the signs.
+        block: order of the Hadamard blocks; 0: the largest.
+
+    Raises:
+        ValueError: the blocks don't divide the width, or no such Hadamard matrix is known.
+    """
+    size = block or largest_block(width)
+    if width < 1 or width % size:
+        raise ValueError(f"blocks of {size} don't divide {width}")
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], width)
+    blocks = np.kron(np.eye(width // size), hadamard(size) / np.sqrt(size))
+    return signs[:, None] * blocks
+
+
+def largest_block(width: int) -> int:
+    """The largest divisor of a width that is the order of a known Hadamard matrix; 1 if the width is odd."""
+    divisors = (d for d in range(width, 0, -1) if width % d == 0)
+    return next(d for d in divisors if _construction(d) is not None)
+
+
+def hadamard(order: int) -> Floats:
+    """A Hadamard matrix, float64 [order, order] of +-1.
+
+    Raises:
+        ValueError: none is known here.
+    """
+    base = _construction(order)
+    if base is None:
+        raise ValueError(f"no Hadamard matrix of order {order} is known here")
+    matrix = _paley(base)
+    while len(matrix) < order:
+        matrix = np.kron(matrix, np.array([[1.0, 1.0], [1.0, -1.0]]))
+    return matrix
+
+
+@cache
+def _construction(order: int) -> int | None:
+    """The smallest order from which doubling leads to this one."""
+    found = None
+    while order >= 1:
+        if order <= 2 or _is_paley(order):
+            found = order
+        if order % 2:
+            break
+        order //= 2
+    return found
+
+
+def _is_paley(order: int) -> bool:
+    return order % 4 == 0 and (_is_prime(order - 1) or (order // 2 % 2 == 0 and _is_prime(order // 2 - 1, 1)))
+
+
+def _is_prime(number: int, rest: int = 3) -> bool:
+    """Whether a number is a prime with this rest after division by 4."""
+    return number > 2 and number % 4 == rest and all(number % d for d in range(3, int(number**0.5) + 1, 2))
+
+
+def _paley(order: int) -> Floats:
+    if order <= 2:
+        return np.array([[1.0, 1.0], [1.0, -1.0]])[:order, :order]
+    if _is_prime(order - 1):
+        core = _residues(order - 1)  # antisymmetric
+        return np.eye(order) + np.block([[np.zeros((1, 1)), np.ones((1, order - 1))], [-np.ones((order - 1, 1)), core]])
+    prime = order // 2 - 1
+    core = np.block([[np.zeros((1, 1)), np.ones((1, prime))], [np.ones((prime, 1)), _residues(prime)]])
+    return np.kron(core, [[1.0, 1.0], [1.0, -1.0]]) + np.kron(np.eye(prime + 1), [[1.0, -1.0], [-1.0, -1.0]])
+
+
+def _residues(prime: int) -> Floats:
+    """Jacobsthal's matrix: 1 where row - column is a square modulo the prime, else -1, 0 on the diagonal."""
+    squares = np.zeros(prime) - 1
+    squares[np.arange(1, prime) ** 2 % prime] = 1
+    squares[0] = 0
+    return squares[(np.arange(prime)[:, None] - np.arange(prime)) % prime]

@@ -1,0 +1,139 @@
+"""Rotation of residual streams by Hadamard matrices: outliers of single channels are shared out among all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.errors import BadOption, Refusal
+from qcompiler.graph.folds import Stream, find_stream
+from qcompiler.graph.topology import residual_streams
+from qcompiler.model import Model
+from qcompiler.passes.transform.hadamard import largest_block, rotation
+from qcompiler.passes.transform.inputs import require_float
+from qcompiler.pipeline import EXACT, Pass, PassReport
+from qcompiler.progress import Progress
+
+
+@dataclass(frozen=True)
+class Rotate(Pass):
+    """Turn every residual stream by diag(+-1) H / sqrt(n), folded into the weights that write and read it.
+
+    Gains of norms move into the weights behind them first. A table that is tied to the output layer cannot take the
+    gain of the last norm: it stays as it is, and a product is inserted behind the lookup and before the output layer
+    (two square matrices, which are quantized and counted like others). Only streams between RMS norms can be turned;
+    what cannot is left alone, with the reason.
+
+    Source: QuaRot (2404.00456), the part that folds (R1 in SpinQuant). Its code subtracts the mean of the embedding's
+    rows also before RMS norms, which changes the function; here nothing is subtracted.
+
+    Attributes:
+        block: order of the Hadamard matrices on the diagonal; 0: the largest that divides the width.
+        seed: of the signs.
+    """
+
+    contract: ClassVar[Literal["exact", "lossy"]] = EXACT
+    block: int = 0
+    seed: int = 0
+
+    def requires(self, model: Model) -> None:
+        """Float weights, no plan yet."""
+        require_float(model, data=False)
+        if self.block < 0 or (self.block and largest_block(self.block) != self.block):
+            fix = "use 0, or an order of Hadamard matrices such as 32, 64 or 128"
+            raise BadOption(f"there is no Hadamard block of {self.block}", "pass 'rotate'", fix)
+
+    def run(self, model: Model, progress: Progress) -> PassReport:
+        """Turn what can be turned."""
+        refused: list[Refusal] = []
+        turned: dict[str, Any] = {}
+        for number, residual in enumerate(progress.track(residual_streams(model.ir), "Rotating")):
+            value = residual.values[0]
+            reason = self._turn(model.ir, value, number, turned)
+            if reason is not None:
+                refused.append(reason)
+        return PassReport(self.registered_name(), len(turned), tuple(refused), {"streams": turned} if turned else {})
+
+    def _turn(self, model: ir.Model, value: ir.Value, number: int, turned: dict[str, Any]) -> Refusal | None:
+        name = value.name or "?"
+        stream = find_stream(model, value)
+        if isinstance(stream, Refusal):
+            return stream
+        block = self.block or largest_block(stream.width)
+        if block == 1 or stream.width % block:
+            return Refusal(
+                name, f"{stream.width} channels are not made of Hadamard blocks of {self.block or 'any size'}"
+            )
+        products = _set_free(model, stream)
+        stream = find_stream(model, value) if products else stream
+        stuck = [stream] if isinstance(stream, Refusal) else stream.fold_gains()
+        if stuck or isinstance(stream, Refusal):
+            _take_out(model, products)
+            return stuck[0]
+        before = _peak(stream)
+        stream.rotate(rotation(stream.width, self.seed + number, block))
+        facts = {"width": stream.width, "block": block, "writers": len(stream.writers), "readers": len(stream.readers)}
+        turned[name] = facts | {
+            "inserted": [node.name for node in products],
+            "peak before": before,
+            "peak after": _peak(stream),
+        }
+        return None
+
+
+def _set_free(model: ir.Model, stream: Stream) -> list[ir.Node]:
+    """Put products with the identity where a constant both writes and reads the stream and a gain is in the way."""
+    if not stream.gains:
+        return []
+    tied = {turn.constant.value for turn in stream.writers} & {turn.constant.value for turn in stream.readers}
+    made: list[ir.Node] = []
+    for turn in stream.writers:
+        if turn.constant.value in tied:
+            made.append(_put_in(model, turn.node.outputs[0], None, stream.width))
+    for turn in stream.readers:
+        data = turn.node.inputs[0]
+        if turn.constant.value in tied and data is not None:
+            made.append(_put_in(model, data, turn.node, stream.width))
+    return made
+
+
+def _put_in(model: ir.Model, value: ir.Value, reader: ir.Node | None, width: int) -> ir.Node:
+    """Multiply a value by the identity: for one reader, or for all."""
+    name = f"{value.name}_turn"
+    matrix = ir.val(name, const_value=ir.tensor(np.eye(width, dtype=np.float32), name=name))
+    model.graph.register_initializer(matrix)
+    users, producer = list(value.uses()), value.producer()
+    node = ir.node("MatMul", [value, matrix], name=f"{name}_product")
+    out = node.outputs[0]
+    out.name, out.shape, out.type = f"{name}_out", value.shape, value.type
+    assert producer is not None  # it belongs to a stream
+    for user, index in users:
+        if reader is None or user is reader:
+            user.replace_input_with(index, out)
+    model.graph.insert_after(producer, node)
+    return node
+
+
+def _take_out(model: ir.Model, products: Sequence[ir.Node]) -> None:
+    for node in products:
+        value, matrix = node.inputs
+        for user, index in list(node.outputs[0].uses()):
+            user.replace_input_with(index, value)
+        model.graph.remove(node, safe=True)
+        assert matrix is not None
+        del model.graph.initializers[matrix.name or ""]
+
+
+def _peak(stream: Stream) -> float:
+    """Largest |weight| of the readers over their root mean square: what a common grid has to span."""
+    largest = 0.0
+    for value in {turn.constant.value for turn in stream.readers}:
+        assert value.const_value is not None
+        array = np.asarray(value.const_value.numpy(), np.float32)
+        size = float(np.sqrt(np.square(array, dtype=np.float64).mean()))
+        largest = max(largest, float(np.abs(array).max(initial=0)) / size if size else 0.0)
+    return largest

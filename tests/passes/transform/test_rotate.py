@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompiler.calibration import Calibration
+from qcompiler.errors import BadOption, PassRefused
+from qcompiler.graph.sites import find_sites
+from qcompiler.measure.runner import Runner
+from qcompiler.model import Model
+from qcompiler.passes.transform.hadamard import hadamard, largest_block, rotation
+from qcompiler.passes.transform.rotate import Rotate
+from qcompiler.pipeline import PassReport, Pipeline
+from tests.graph.architectures import ARCHITECTURES, LAYERS, WIDTH, Net, feeds_for, inject_outliers
+
+
+def model_of(graph: ir.Model) -> Model:
+    inject_outliers(graph)
+    return Model(graph, calibration=Calibration.from_arrays(feeds_for(graph, batch=8), graph))
+
+
+def run(model: Model, item: Rotate) -> PassReport:
+    """The pipeline holds it to its contract, with outliers injected into the inputs."""
+    return Pipeline([item]).run(model)[0]
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 20, 24, 28, 36, 60, 64, 108, 140, 192, 576])
+def test_hadamard_matrices(order: int) -> None:
+    h = hadamard(order)
+    assert np.array_equal(np.abs(h), np.ones((order, order)))
+    assert np.array_equal(h @ h.T, order * np.eye(order))
+
+
+def test_widths_without_a_hadamard_matrix_get_blocks() -> None:
+    assert [largest_block(n) for n in (576, 1536, 896, 184, 46, 9, 1)] == [576, 1536, 896, 8, 2, 1, 1]
+    q = rotation(184)
+    assert np.abs(q @ q.T - np.eye(184)).max() < 1e-12
+    assert np.count_nonzero(q) == 184 * 8
+    assert np.abs(rotation(576, block=64)).max() == pytest.approx(1 / 8)
+    assert not np.array_equal(rotation(64, 0), rotation(64, 1))
+    with pytest.raises(ValueError, match="don't divide"):
+        rotation(36, block=8)
+    with pytest.raises(ValueError, match="order 3"):
+        hadamard(3)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-gqa", "llama-interleaved", "llama-fused", "qwen"])
+def test_the_stream_turns_and_the_function_stays(name: str) -> None:
+    model = model_of(ARCHITECTURES[name]())
+    before = {site.name: site.matrix().copy() for site in find_sites(model.ir)}
+    report = run(model, Rotate())
+    assert report.changed == 1
+    (facts,) = report.metrics["streams"].values()
+    assert facts["width"] == facts["block"] == WIDTH
+    assert (facts["writers"], facts["readers"]) == (1 + 2 * LAYERS, 5 * LAYERS + 1)
+    assert facts["inserted"] == []
+    assert facts["peak after"] < facts["peak before"]
+    changed = [s.name for s in find_sites(model.ir) if not np.array_equal(before[s.name], s.matrix())]
+    assert len(changed) == 1 + 2 * LAYERS + (5 * LAYERS + 1)
+
+
+def test_a_table_that_is_tied_stays_one_and_products_turn_for_it() -> None:
+    model = model_of(ARCHITECTURES["gemma"]())
+    table = model.graph.initializers["embedding.weight"]
+    before, users, feeds = table.const_value.numpy().copy(), len(list(table.uses())), feeds_for(model.ir)  # type: ignore[union-attr]
+    wanted = next(iter(Runner(model.ir)(feeds).values()))
+    (facts,) = run(model, Rotate()).metrics["streams"].values()
+    assert len(facts["inserted"]) == 2
+    assert np.array_equal(table.const_value.numpy(), before)  # type: ignore[union-attr]
+    assert len(list(table.uses())) == users
+    found = next(iter(Runner(model.ir)(feeds).values()))
+    assert np.abs(found - wanted).max() / np.abs(wanted).max() < 1e-5
+
+
+def test_a_gain_of_zero_stops_it_and_leaves_nothing_behind() -> None:
+    model = model_of(ARCHITECTURES["gemma"]())
+    names, nodes = set(model.graph.initializers), len(list(model.graph))
+    gain = next(
+        v
+        for n, v in model.graph.initializers.items()
+        if v.const_value is not None and v.const_value.shape == ir.Shape([WIDTH])
+    )
+    array = gain.const_value.numpy().copy()  # type: ignore[union-attr]
+    array[3] = -1.0  # Gemma's gains are 1 + this
+    gain.const_value = ir.tensor(array, name=gain.name)
+    report = run(model, Rotate())
+    assert report.changed == 0
+    assert "gain of zero" in report.refused[0].reason
+    assert len(list(model.graph)) == nodes
+    assert set(model.graph.initializers) == names
+
+
+@pytest.mark.parametrize(("name", "reason"), [("gpt2", "LayerNormalization"), ("mobilenet", "cannot cross")])
+def test_what_cannot_be_turned_is_left_alone_with_the_reason(name: str, reason: str) -> None:
+    model = model_of(ARCHITECTURES[name]())
+    report = run(model, Rotate())
+    assert report.changed == 0
+    assert all(reason in refusal.reason for refusal in report.refused)
+    assert report.refused
+
+
+def test_blocks_must_fit() -> None:
+    with pytest.raises(BadOption, match="no Hadamard block of 7"):
+        run(model_of(ARCHITECTURES["llama"]()), Rotate(block=7))
+    report = run(model_of(ARCHITECTURES["llama"]()), Rotate(block=32))
+    assert "not made of Hadamard blocks of 32" in report.refused[0].reason
+    (facts,) = run(model_of(ARCHITECTURES["llama"]()), Rotate(block=4)).metrics["streams"].values()
+    assert facts["block"] == 4
+
+
+def test_an_odd_width_is_left_alone() -> None:
+    net = Net()
+    x = net.op("Gather", net.random(40, 9), net.input("ids", ["batch", 5], ir.DataType.INT64))
+    x = net.op("Add", x, net.linear(net.op("Relu", net.linear(x, 9, 12)), 12, 9))
+    report = run(model_of(net.model(net.linear(x, 9, 40))), Rotate())
+    assert "9 channels" in report.refused[0].reason
+
+
+def test_after_rounding_it_is_too_late() -> None:
+    model = model_of(ARCHITECTURES["llama"]())
+    model.weights["x"] = None  # type: ignore[assignment]
+    with pytest.raises(PassRefused, match="rounded already"):
+        run(model, Rotate())
