@@ -49,9 +49,9 @@ def hadamard(order: int) -> Floats:
     base = _construction(order)
     if base is None:
         raise ValueError(f"no Hadamard matrix of order {order} is known here")
-    matrix = _paley(base)
+    matrix: Floats = _paley(base)
     while len(matrix) < order:
-        matrix = np.kron(matrix, np.array([[1.0, 1.0], [1.0, -1.0]]))
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return matrix
 
 

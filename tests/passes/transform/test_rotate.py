@@ -76,11 +76,8 @@ def test_a_table_that_is_tied_stays_one_and_products_turn_for_it() -> None:
 def test_a_gain_of_zero_stops_it_and_leaves_nothing_behind() -> None:
     model = model_of(ARCHITECTURES["gemma"]())
     names, nodes = set(model.graph.initializers), len(list(model.graph))
-    gain = next(
-        v
-        for n, v in model.graph.initializers.items()
-        if v.const_value is not None and v.const_value.shape == ir.Shape([WIDTH])
-    )
+    constants = [value for value in model.graph.initializers.values() if value.const_value is not None]
+    gain = next(value for value in constants if value.const_value.shape == ir.Shape([WIDTH]))  # type: ignore[union-attr]
     array = gain.const_value.numpy().copy()  # type: ignore[union-attr]
     array[3] = -1.0  # Gemma's gains are 1 + this
     gain.const_value = ir.tensor(array, name=gain.name)
