@@ -69,7 +69,8 @@ class Rotate(Pass):
                 name, f"{stream.width} channels are not made of Hadamard blocks of {self.block or 'any size'}"
             )
         products = _set_free(model, stream)
-        stream = find_stream(model, value) if products else stream
+        if products:  # the first is behind a table, so that the stream begins there now
+            stream = find_stream(model, products[0].outputs[0])
         stuck = [stream] if isinstance(stream, Refusal) else stream.fold_gains()
         if stuck or isinstance(stream, Refusal):
             _take_out(model, products)

@@ -73,6 +73,16 @@ def test_a_table_that_is_tied_stays_one_and_products_turn_for_it() -> None:
     assert np.abs(found - wanted).max() / np.abs(wanted).max() < 1e-5
 
 
+def test_a_tied_table_may_be_the_stream_s_own_beginning() -> None:
+    net = Net()
+    table = net.random(40, WIDTH, name="embedding.weight")
+    x = net.op("Gather", table, net.input("ids", ["batch", 5], ir.DataType.INT64))
+    x = net.op("Add", x, net.linear(net.op("Relu", net.linear(net.rms_norm(x), WIDTH, 24)), 24, WIDTH))
+    model = model_of(net.model(net.op("MatMul", net.rms_norm(x), net.op("Transpose", table, perm=[1, 0]))))
+    (facts,) = run(model, Rotate()).metrics["streams"].values()
+    assert len(facts["inserted"]) == 2
+
+
 def test_a_gain_of_zero_stops_it_and_leaves_nothing_behind() -> None:
     model = model_of(ARCHITECTURES["gemma"]())
     names, nodes = set(model.graph.initializers), len(list(model.graph))
