@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -29,6 +30,7 @@ OTHER_COMMANDS = (
     "On a compiled folder: qcompile run, qcompile eval, qcompile bench, qcompile diagnose (each has --help)."
 )
 _INTERRUPTED = 130
+_interrupts: list[int] = []  # that came
 
 
 class _CompileByDefault(TyperGroup):
@@ -63,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if not sys.warnoptions:  # what libraries have to say of their own code is no message to the user
         warnings.simplefilter("ignore")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
 
@@ -82,14 +86,21 @@ def run_command(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             place = error.filename or "output"
             return _fail(f"{place}: {os.strerror(error.errno)}; free some room or choose another folder", 2)
         return _bug(error)
     except Exception as error:
+        if _interrupts:  # libraries in C++ that call Python make another error of it
+            return _interrupted()
         if hasattr(error, "format_message"):  # a usage error of typer, or of click in older versions of typer
             return _fail(_usage(error), 2)
         return _bug(error)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
 
 
 def _interrupted() -> int:

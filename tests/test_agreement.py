@@ -26,7 +26,7 @@ from qcompiler.passes.round.nearest import Nearest
 from qcompiler.plan import ActivationMode, Plan
 from qcompiler.progress import Silent
 from qcompiler.target import Feeds, Outputs, Tolerance
-from tests.graph.architectures import feeds_for, gpt2, mobilenet
+from tests.graph.architectures import Net, feeds_for, gpt2, mobilenet
 from tests.passes.round.small_models import planned
 
 Mutation = Callable[[ir.Model, int], None]
@@ -154,6 +154,16 @@ def test_where_nothing_is_rounded_only_the_order_of_sums_is_allowed() -> None:
     outputs = {name: array * np.float32(1.01) for name, array in expected.items()}
     with pytest.raises(VerificationFailed, match=r"1\.0e-03 \(sums\)"):
         conclude(model, Tolerance(1e-3, "sums"), feeds, outputs)
+
+
+def test_the_order_of_a_pool_over_a_whole_image_is_allowed_for() -> None:
+    """Seen: a pool over 50176 numbers differed enough to flip a code, which noise of 4e-6 never did."""
+    net = Net()
+    x = net.input("x", ["batch", 2, "height", "width"])
+    reference = Reference(net.model(net.op("GlobalAveragePool", net.op("Relu", x))), 4e-6)
+    noise = reference._noise_of_sums({"x": np.ones((1, 2, 224, 224), np.float32)})
+    assert noise == pytest.approx(224 * 2**-24)
+    assert noise > 2 * 4e-6
 
 
 def test_an_integer_output_may_flip_twice_where_activations_are_rounded() -> None:

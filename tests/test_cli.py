@@ -15,6 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompiler import cli
 from qcompiler.build.samples import batch_for
 from qcompiler.cli import run_command
 from qcompiler.commands.output import of_outputs
@@ -111,6 +112,21 @@ def test_run_writes_what_the_artifact_computes(work: Path) -> None:
     x = np.load("calib.npz")["x"]
     expected = qcompiler.load("two.qc").run({"x": x})["y"]
     np.testing.assert_allclose(np.load("y.npz")["y"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_run_overwrites_neither_its_inputs_nor_an_artifact(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(compile_line()) == 0
+    before = (work / "calib.npz").read_bytes()
+    for outputs, reason in [("calib.npz", "the file with the inputs"), ("two.qc/y.npz", "lies in an artifact")]:
+        assert run_command(["run", "two.qc", "--inputs", "calib.npz", "--outputs", outputs]) == 2
+        assert reason in capsys.readouterr().err.splitlines()[-1]
+    assert (work / "calib.npz").read_bytes() == before
+    assert not (work / "two.qc/y.npz").exists()
+
+
+def test_a_name_that_is_too_long_is_no_bug(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["two.onnx", "--target", "onnx", "-o", "x" * 300]) == 2
+    assert "File name too long" in capsys.readouterr().err
 
 
 def test_eval_compares_with_the_original(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,6 +246,16 @@ def test_pareto_sees_first_whether_its_page_can_be_written(work: Path, capsys: p
     assert left_behind(work) == set()
 
 
+def test_pareto_replaces_nothing_but_its_own_pages(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (work / "two.onnx").read_bytes()
+    assert run_command(["two.onnx", "--target", "onnx", "--pareto", "-o", "two.onnx"]) == 2
+    assert "is nothing that qcompile wrote" in capsys.readouterr().err
+    assert (work / "two.onnx").read_bytes() == before
+    line = ["two.onnx", "--target", "onnx", "--calib", "calib.npz", "--pareto", "-o", "sizes.html"]
+    assert [run_command(line), run_command(line)] == [0, 0]
+    assert left_behind(work) == {"sizes.html"}
+
+
 def test_explain_lists_what_is_kept(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "plain.toml").write_text(PIPELINE.replace("[[pass]]", '[[pass]]\nkeep = ["node"]', 1))
     assert run_command(compile_line("--explain")) == 0
@@ -313,6 +339,23 @@ def test_a_bug_is_one_line_with_a_log_and_exit_1(
     log = Path(line.rsplit(" ", 1)[-1])
     assert "ZeroDivisionError" in log.read_text()
     log.unlink()
+
+
+def test_an_interrupt_that_a_library_makes_another_error_of_is_one(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qcompiler.api
+
+    def library(*_: object, **__: object) -> None:
+        try:
+            cli._interrupt(signal.SIGINT, None)
+        except KeyboardInterrupt:
+            raise RuntimeError from None
+
+    monkeypatch.setattr(cli, "_interrupts", [])
+    monkeypatch.setattr(qcompiler.api, "gather", library)
+    assert run_command(compile_line()) == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])

@@ -30,6 +30,7 @@ from qcompiler.backends.reference import quantize_bias
 from qcompiler.formats import PerChannel, PerTensor
 from qcompiler.graph.functions import DynamicActivation, StaticActivation
 
+_SAFE_BITS = 7  # of signed codes whose products with uint8 can be added in pairs in 16 bits
 _INTEGER_OPS = ("Conv", "MatMul", "Gemm")
 
 
@@ -61,11 +62,13 @@ class _Rewriter:
     form: FastForm
     stored: dict[ir.Node, list[tuple[int, int]]] = field(default_factory=dict[ir.Node, list[tuple[int, int]]])
     written: dict[ir.Node, Blocks] = field(default_factory=dict[ir.Node, Blocks])
+    users: Counter[ir.Node] = field(default_factory=Counter[ir.Node])
     row_codes: dict[ir.Value, RowCodes] = field(default_factory=dict[ir.Value, RowCodes])
 
     def run(self) -> FastForm:
         model, names = self.form.model, dict[ir.Node, set[str]]()
         uses = quantized_operations(model.graph)
+        self.users.update(use.weight.dequantize for use in uses)
         for use in uses:
             # A weight is stored once: in a form that all its users take, or else as it is.
             node, wanted = use.weight.dequantize, _block_forms(use) if _kind(use) == "blocks" else []
@@ -103,7 +106,15 @@ class _Rewriter:
         node, expected = use.weight.dequantize, self.form.expected
         codes = node.inputs[0]
         emit = Emitter(self.form.model, node, f"{use.weight.site}_int8")
-        if codes is not None and codes.dtype != ir.DataType.INT8:
+        lift = self._lift(use)
+        if codes is not None and lift > 1:
+            wide = emit.node(
+                "Mul", emit.cast(codes, ir.DataType.INT32), emit.constant(np.asarray(lift, np.int32), "lift")
+            )
+            node.replace_input_with(0, emit.cast(wide, ir.DataType.INT8))
+            share = emit.constant(np.asarray(1 / lift, np.float32), "share")
+            node.replace_input_with(1, emit.node("Mul", node.inputs[1], share))
+        elif codes is not None and codes.dtype != ir.DataType.INT8:
             node.replace_input_with(0, emit.cast(codes, ir.DataType.INT8))
         if len(node.inputs) < 3:  # without a zero point ONNX Runtime fuses convolutions, but no products
             node.resize_inputs(3)
@@ -112,12 +123,21 @@ class _Rewriter:
         if use.is_product:
             gemm = use.node if use.node.op_type == "Gemm" else _merged_with_add(self.form.model.graph, use)
             if gemm is not None:
-                _integer_bias(self.form.model, gemm, use)
+                _integer_bias(self.form.model, gemm, use, lift)
             expected["QLinearMatMul|MatMulIntegerToFloat" if gemm is None else "QGemm"] += 1
         elif _is_quantized_next(use.node.outputs[0]):
-            _integer_bias(self.form.model, use.node, use)
+            _integer_bias(self.form.model, use.node, use, lift)
             expected["QLinearConv"] += 1
         return "integer"
+
+    def _lift(self, use: QuantizedOperation) -> int:
+        """By how much narrow codes are multiplied, and their scale divided: the weight stays the same number.
+
+        Biases are rounded to multiples of activation scale * weight scale, which of 2 bits is coarse. Up to 64 no pair
+        of products overflows the 16 bits of processors without VNNI.
+        """
+        alone = self.users[use.weight.dequantize] == 1
+        return 1 << max(0, _SAFE_BITS - use.weight.bits) if alone else 1
 
     def _gather(self, use: QuantizedOperation) -> str:
         blocks = self._blocks(use)
@@ -243,14 +263,15 @@ def _merged_with_add(graph: ir.Graph, use: QuantizedOperation) -> ir.Node | None
     return gemm
 
 
-def _integer_bias(model: ir.Model, node: ir.Node, use: QuantizedOperation) -> None:
+def _integer_bias(model: ir.Model, node: ir.Node, use: QuantizedOperation, lift: int) -> None:
     """The bias of a Gemm or Conv as int32 on the accumulator's scale: without that ONNX Runtime does not fuse it."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
     if constant is None or not isinstance(use.activation, StaticActivation):
         return
     emit = Emitter(model, node, f"{use.label}_bias")
-    scale = np.broadcast_to(use.weight.scale[:, 0] * np.float32(use.activation.scale), (use.weight.rows,))
+    step = use.weight.scale[:, 0] * np.float32(use.activation.scale / lift)
+    scale = np.broadcast_to(step, (use.weight.rows,))
     codes = quantize_bias(constant.numpy().reshape(-1), scale)
     zero = emit.constant(np.zeros(scale.shape, np.int32), "zero")
     inputs = emit.constant(codes, "codes"), emit.constant(scale, "scale"), zero

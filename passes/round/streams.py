@@ -32,7 +32,7 @@ def calibration_feeds(model: Model, samples: int, tokens: int) -> list[dict[str,
         raise PassRefused("no calibration data", where=model.name, fix="give the model calibration data")
     first = next(iter(model.calibration.batches(1)))
     length = max((a.size for a in first.values() if np.issubdtype(a.dtype, np.integer)), default=0)
-    size = max(a.shape[0] for a in first.values() if a.ndim) if length == 0 else 1
+    size = max((a.shape[0] for a in first.values() if a.ndim), default=1) if length == 0 else 1
     wanted = min(samples, max(1, tokens // length)) if length else samples
     total = max(1, model.calibration.count // size)
     chosen = {int(i) for i in np.linspace(0, total - 1, min(wanted, total)).round()}

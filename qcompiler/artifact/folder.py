@@ -19,7 +19,7 @@ from qcompiler.folders import hold, locked
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CACHE = "__pycache__"
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def check_output(out: Path) -> None:
@@ -60,15 +60,23 @@ def new_folder(out: Path) -> Generator[Path]:
         release()
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, mark: bytes) -> None:
     """See, before long work, whether a file can be written; leaves nothing behind.
 
+    Args:
+        path: to be written.
+        mark: what is in the first 4096 bytes of such files; only one of them may be replaced.
+
     Raises:
-        OutputError: it is a folder, or its folder cannot be written.
+        OutputError: it is a folder or a file of another kind, or its folder cannot be written.
     """
     with _beside(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "")
+        if path.exists():
+            with path.open("rb") as file:
+                if mark not in file.read(4096):
+                    raise OutputError("exists and is nothing that qcompile wrote", str(path), "choose another -o")
 
 
 def write_file(path: Path, text: str) -> None:

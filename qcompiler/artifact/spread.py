@@ -23,6 +23,8 @@ from qcompiler.target import Feeds, Outputs
 
 NOISE, SEED = "qcompiler.noise", "qcompiler.noise_seed"  # names of the inputs that `noisy` adds
 DRAWS = 3
+_SUMS = ("GlobalAveragePool", "ReduceMean", "ReduceSum")
+_HALF_STEP = 2.0**-24  # of float32
 _JITTER = "Jitter"
 # x + noise * reach * u, u in [-1, 1) a hash of x: a fraction of x in steps far below any code, which costs a few
 # cheap operations where a random generator would take longer than the network.
@@ -102,25 +104,40 @@ class Reference:
 
     def __init__(self, model: ir.Model, noise: float) -> None:
         self._noise = noise if any(_rounds(node) for node in model.graph) else 0.0
+        self._model = model
         self._runner = Runner(noisy(model) if self._noise else model)
 
     def __call__(self, feeds: Feeds) -> Outputs:
         """All outputs of the reference as it is."""
         return self._run(feeds, 0.0, 0)
 
-    def spread(self, feeds: Feeds, outputs: Outputs, draws: Iterable[int] = range(DRAWS)) -> dict[str, float]:
+    def spread(
+        self, feeds: Feeds, outputs: Outputs, draws: Iterable[int] = range(DRAWS), long_sums: bool = False
+    ) -> dict[str, float]:
         """For every output, the largest distance of noisy runs from `outputs`, those of the run without noise.
 
         Args:
             feeds: a batch of inputs.
             outputs: of the reference on them.
             draws: numbers that choose the noise; each costs a run.
+            long_sums: let the noise be what the order of the longest sum of activations can do, if that is more.
         """
+        noise = max(self._noise, self._noise_of_sums(feeds)) if self._noise and long_sums else self._noise
         widest = dict.fromkeys(outputs, 0.0)
         for draw in draws if self._noise else ():
-            found = distances(self._run(feeds, self._noise, draw), outputs)
+            found = distances(self._run(feeds, noise, draw), outputs)
             widest = {name: max(widest[name], found[name]) for name in widest}
         return widest
+
+    def _noise_of_sums(self, feeds: Feeds) -> float:
+        """Two orders of a sum of n numbers of one size differ by about sqrt(n) half steps (pools over whole images)."""
+        sums = [(n.inputs[0], n.outputs[0]) for n in self._model.graph if n.domain == "" and n.op_type in _SUMS]
+        names = [(str(x.name), str(y.name)) for x, y in sums if x is not None]
+        if not names:
+            return 0.0
+        found = Runner(self._model, outputs=[name for pair in names for name in pair])(feeds)
+        longest = max(found[x].size / max(found[y].size, 1) for x, y in names)
+        return _HALF_STEP * float(np.sqrt(longest))
 
     def _run(self, feeds: Feeds, noise: float, draw: int) -> Outputs:
         if not self._noise:

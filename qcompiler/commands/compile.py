@@ -47,7 +47,10 @@ def command(
         typer.Option(metavar="PATTERN", help="Weights to leave float: globs on their names, or 'embeddings'."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="OUT", help="Folder to write; MODEL's name with .qc.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="Folder to write (with --pareto a page); MODEL's name with .qc."
+        ),
     ] = None,
     activations: Annotated[str, typer.Option(help="auto, float, static or dynamic.")] = "auto",
     resume: Annotated[bool, typer.Option(help="Go on from earlier measurements in the cache.")] = True,
@@ -72,7 +75,7 @@ def command(
     if pareto:
         from qcompiler.artifact.folder import check_file
 
-        check_file(page)
+        check_file(page, b": size against loss</title>")
     result = compile_model(
         model, target, budget or [], calib, pipeline, keep or [], output, seed, resume, activations, explain,
         Terminal(), preprocess, tokenizer, _PARETO_POINTS if pareto else 0,
@@ -145,6 +148,13 @@ def _bits(result: CompileResult) -> list[tuple[str, str]]:
     return facts
 
 
+def _is_far_off(result: CompileResult) -> bool:
+    """Whether the loss is ten times the predicted one, where that is a loss and not next to nothing."""
+    if result.realised_loss is None or result.predicted_loss is None or result.plan.solution.get("loss_units"):
+        return False
+    return result.realised_loss > 10 * max(result.predicted_loss, 0.01)
+
+
 def _predicted(result: CompileResult) -> str:
     """The predicted loss, and in what units if it is not comparable with a measured one."""
     units = result.plan.solution.get("loss_units")
@@ -200,6 +210,8 @@ def _print_summary(result: CompileResult) -> None:
         ("loss", f"{brief(result.realised_loss)} on {data}, predicted {_predicted(result)}"),
         ("SQNR", f"{brief(fidelity['sqnr_db'], '.1f')} dB{of_outputs(kinds)}"),
     ]
+    if _is_far_off(result):
+        facts.append(("WARNING", "the loss is far above what was predicted: see 'qcompile diagnose' and the report"))
     if fidelity["top1_agreement"] is not None:
         answer = f"{fidelity['top1_agreement']:.1%}, KL {brief(fidelity['kl'])}"
         facts.append(("same top-1 answer", f"{answer}{of_outputs(kinds, class_output(kinds))}"))

@@ -21,10 +21,16 @@ def command(
 
     from qcompiler.artifact import load_artifact
     from qcompiler.artifact.joined import run_all
+    from qcompiler.artifact.loaded import is_artifact
     from qcompiler.calibration import Calibration
     from qcompiler.commands.data import samples_a_run, write_arrays
+    from qcompiler.errors import OutputError
     from qcompiler.progress import Terminal
 
+    if outputs.exists() and outputs.samefile(inputs):
+        raise OutputError("it is the file with the inputs", str(outputs), "choose another file")
+    if is_artifact(outputs.absolute().parent):
+        raise OutputError("it lies in an artifact, which holds nothing else", str(outputs), "choose another folder")
     wanted = None if batch in (None, _ALL) else _number(str(batch))
     loaded = load_artifact(artifact)
     model = ir.load(loaded.reference)

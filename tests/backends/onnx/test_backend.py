@@ -205,6 +205,15 @@ def test_static_activations_become_integer_kernels(kind: str, op: str, spec: str
     assert error < 2e-2
 
 
+@pytest.mark.parametrize("spec", ["int2-sym-channel-fp16", "int3-sym-tensor-fp32", "int6-sym-channel-fp32"])
+def test_biases_of_narrow_codes_are_as_fine_as_those_of_wide_ones(spec: str, tmp_path: Path) -> None:
+    """With codes of 2 bits, multiples of activation scale * weight scale are no good grid for a bias."""
+    model = lowered("gemm", spec, "static", {"x": StaticRange(0.03, 128)})
+    compiled, error = compile_and_compare(model, "gemm", tmp_path)
+    assert compiled.facts["operations"]["QGemm"] == 1
+    assert error < 2e-4
+
+
 def test_a_static_product_of_a_batch_of_matrices_is_an_integer_product(tmp_path: Path) -> None:
     text = MATMUL.replace("float[n, 96]", "float[n, 2, 96]").replace("float[n, 24]", "float[n, 2, 24]")
     model = lowered("matmul", "int8-sym-channel-fp16", "static", {"x": StaticRange(0.03, 128)}, text=text)
