@@ -134,18 +134,24 @@ def parse_budget(text: str) -> Budget:
 
 
 def kept_sites(sites: Sequence[Site], patterns: Iterable[str]) -> tuple[str, ...]:
-    """Names of the sites that match a pattern: a shell glob on the name, or "embeddings" for lookup tables.
+    """Names of the sites that match a pattern: a shell glob on their or their weight's name, or "embeddings" (tables).
 
     Raises BadOption for a pattern that matches nothing.
     """
     kept: dict[str, None] = {}
     for pattern in patterns:
-        found = [s.name for s in sites if (pattern == "embeddings" and is_embedding(s)) or fnmatchcase(s.name, pattern)]
+        found = [s.name for s in sites if _matches(s, pattern)]
         if not found:
-            some = ", ".join(s.name for s in sites[:3])
-            raise BadOption(f"'{pattern}' matches no site", "--keep", f"name sites or globs; the model has {some} ...")
+            some = ", ".join(s.name for s in sites[:3]) + (" ..." if len(sites) > 3 else "")
+            raise BadOption(f"'{pattern}' matches no site", "--keep", f"name sites or globs; the model has {some}")
         kept |= dict.fromkeys(found)
     return tuple(kept)
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    if pattern == "embeddings" and is_embedding(site):
+        return True
+    return fnmatchcase(site.name, pattern) or fnmatchcase(site.weight.name or "", pattern)
 
 
 def is_embedding(site: Site) -> bool:

@@ -70,6 +70,13 @@ def batches(count: int = 6) -> list[dict[str, np.ndarray]]:
     return [{"x": rng.normal(size=(4, 32)).astype("f")} for _ in range(count)]
 
 
+def test_one_mapping_of_arrays_is_data_too(work: Path) -> None:
+    arrays = {"x": np.concatenate([batch["x"] for batch in batches()])}
+    result = qc.compile(work, "onnx", "4.6bits", arrays, "mixed.toml", activations="float", explain=True)
+    assert result.bits_per_weight is not None
+    assert result.predicted_loss is not None
+
+
 def test_compile_meets_the_budget_and_remembers_how(work: Path) -> None:
     result = qc.compile(work, "onnx", "4.6bits", batches(), "mixed.toml", activations="float")
     assert result.artifact == Path("chain.qc")

@@ -173,6 +173,7 @@ def test_kept_sites_are_outside_the_average_and_inside_the_bytes() -> None:
     table, fc = (site.name for site in sites)
     assert kept_sites(sites, ["embeddings"]) == (table,)
     assert kept_sites(sites, ["f*", fc]) == (fc,)
+    assert kept_sites(sites, [sites[0].weight.name or "?"]) == (table,)
     spec = SitePlan(parse_spec("int4-sym-channel-fp16"))
     plan = Plan({table: spec, fc: spec}, kept=(table,))
     assert weight_bits(model, plan) == (36 * 4 + 6 * 16, 36)

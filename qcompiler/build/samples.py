@@ -128,4 +128,6 @@ def _read(source: Source, model: Model, seed: int) -> Calibration:
         return data
     if isinstance(data, str | Path):
         return Calibration.from_path(Path(data), model.ir, source.preprocess, source.tokenizer)
+    if isinstance(data, Mapping):  # one mapping of arrays, as of an .npz
+        return Calibration.from_iterable([data], model.ir)
     return Calibration.from_iterable(data, model.ir)
