@@ -18,12 +18,12 @@ class _Watch:
     """Of the main thread, the only one that is interrupted."""
 
     def __init__(self) -> None:
-        self.watching, self.stopped, self.outside = False, False, False
+        self.watching, self.stopped, self.raising = False, False, False
 
     def stop(self, signum: int, frame: FrameType | None) -> None:
-        """End what is being solved; the second time, or while another program solves, as usual."""
+        """End what is being solved; the second time, or within `interrupts_raise`, as usual."""
         again, self.stopped = self.stopped, True
-        if again or self.outside:
+        if again or self.raising:
             signal.default_int_handler(signum, frame)
 
 
@@ -47,7 +47,7 @@ def interruptible() -> Generator[None]:
     Nothing changes outside the main thread, within another `interruptible` or `interrupts_raise`, and where the
     program has its own way with interrupts.
     """
-    free = not _watch.watching and threading.current_thread() is threading.main_thread()
+    free = not (_watch.watching or _watch.raising) and threading.current_thread() is threading.main_thread()
     if not free or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
@@ -62,19 +62,9 @@ def interruptible() -> Generator[None]:
 
 @contextmanager
 def interrupts_raise() -> Generator[None]:
-    """For work of which a solve is a part: Ctrl-C is to end all of it."""
-    before, _watch.watching = _watch.watching, True
+    """An interrupt raises KeyboardInterrupt: where a solve is a part of more work, or another program solves."""
+    before, _watch.raising = _watch.raising, True
     try:
         yield
     finally:
-        _watch.watching = before
-
-
-@contextmanager
-def outside() -> Generator[None]:
-    """While another program solves: an interrupt raises KeyboardInterrupt also within `interruptible`."""
-    before, _watch.outside = _watch.outside, True
-    try:
-        yield
-    finally:
-        _watch.outside = before
+        _watch.raising = before

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pulp
 
-from qcompiler.solvers.clock import interrupted, outside
+from qcompiler.solvers.clock import interrupted, interrupts_raise
 from qcompiler.solvers.problem import Choice
 
 ACCURACY = 1e-7  # of the integer solvers' bounds, on losses scaled to 1
@@ -116,7 +116,7 @@ def _solve_outside(program: pulp.LpProblem, solver: Any) -> None:
     """Solve by a program of its own, which ends with us and whose files go away, even when we are interrupted."""
     # Two folders: an interrupt while the inner one is being emptied leaves it to the outer one.
     with (
-        outside(),
+        interrupts_raise(),
         tempfile.TemporaryDirectory(prefix="qcompiler-program-") as outer,
         tempfile.TemporaryDirectory(dir=outer) as own,
     ):
