@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qcompiler.api import CompileResult
-from qcompiler.commands.compile import _print_plan
+from qcompiler.commands.compile import _is_far_off, _print_plan
 from qcompiler.formats import parse_spec
 from qcompiler.pipeline import PassReport
 from qcompiler.plan import Plan, SitePlan
@@ -59,3 +60,21 @@ def test_what_is_no_loss_of_the_model_is_said_to_be_something_else(capsys: pytes
     assert shown(capsys, SOLVED)["predicted loss"] == "0.12"
     own = shown(capsys, SOLVED | {"loss_units": "errors of single layers"})
     assert own["predicted loss"] == "0.12 (no loss of the model: errors of single layers)"
+
+
+@pytest.mark.parametrize(
+    ("predicted", "realised", "units", "far"),
+    [
+        (0.12, 1.21, None, True),
+        (0.12, 1.19, None, False),
+        (1e-9, 0.09, None, False),  # next to nothing, both
+        (1e-9, 0.11, None, True),
+        (None, 9.0, None, False),
+        (0.12, 9.0, "errors of single layers", False),
+    ],
+)
+def test_a_loss_far_above_its_prediction_is_noticed(
+    predicted: float | None, realised: float, units: str | None, far: bool
+) -> None:
+    result = replace(explained(SOLVED | {"loss_units": units}), predicted_loss=predicted, realised_loss=realised)
+    assert _is_far_off(result) == far
