@@ -20,6 +20,7 @@ from qcompiler.build.memory import expected_peak
 from qcompiler.build.recipe import Options, budgets_of, build_pipeline, check_order
 from qcompiler.build.samples import Samples, Source, gather
 from qcompiler.build.suitable import check_suitable
+from qcompiler.capture.normalize import DEFAULTS_KEY
 from qcompiler.capture.onnx import load_onnx
 from qcompiler.capture.torch import capture
 from qcompiler.errors import BadOption
@@ -158,6 +159,8 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
         require_toolchain(backend)
     source = model if isinstance(model, Model) else load_onnx(model)
     check_suitable(source, backend)
+    for name in source.ir.meta.get(DEFAULTS_KEY, ()):
+        progress.note(f"input '{name}' has a default value and becomes a constant: the artifact does not take it")
     out = Path(output) if output is not None else Path(f"{source.name}.qc")
     if not explain:
         check_output(out)

@@ -239,6 +239,27 @@ def test_figures_taken_on_the_calibration_data_are_called_so(work: Path, count: 
     assert result.realised_loss is not None
 
 
+def test_data_of_one_number_is_pointed_out(work: Path) -> None:
+    notes: list[str] = []
+    listening = type("Listening", (Silent,), {"note": lambda self, text: notes.append(text)})()
+    for value in (np.zeros((8, 32), "f"), np.random.default_rng(0).normal(size=(8, 32)).astype("f")):
+        gather(Source([{"x": value}]), qc.load(work), 0, listening)
+    assert sum("the same number everywhere" in note for note in notes) == 1
+
+
+def test_an_input_with_a_default_value_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    proto = onnx.load(write_model(tmp_path / "m.onnx"))
+    proto.graph.input.append(helper.make_tensor_value_info("w1", TensorProto.FLOAT, [32, 32]))
+    onnx.save(proto, "m.onnx")
+    notes: list[str] = []
+    listening = type("Listening", (Silent,), {"note": lambda self, text: notes.append(text)})()
+    qc.compile("m.onnx", "onnx", "8bits", explain=True, progress=listening)
+    assert [note for note in notes if "default value" in note] == [
+        "input 'w1' has a default value and becomes a constant: the artifact does not take it"
+    ]
+
+
 def test_public_names_exist() -> None:
     for name in qc.__all__:
         assert getattr(qc, name) is not None

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompiler.artifact import check_output, compare, load_artifact, new_folder, read_manifest, write_manifest
+from qcompiler.artifact import (
+    REFERENCE,
+    REPORT,
+    check_output,
+    compare,
+    load_artifact,
+    new_folder,
+    read_manifest,
+    write_manifest,
+)
 from qcompiler.artifact.verify import FreshProcess
 from qcompiler.errors import BadData, BadModel, OutputError, VerificationFailed
 
@@ -309,6 +318,23 @@ def test_manifests_that_were_tampered_with_are_refused(tmp_path: Path, entry: st
     if entry != "original":
         with pytest.raises(BadModel, match=entry):
             load_artifact(tmp_path / "a.qc")
+
+
+def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a.qc", "text")
+    path = tmp_path / "a.qc" / "manifest.json"
+    path.write_text(path.read_text().replace('"onnx"', '"cpu"', 1))
+    with pytest.raises(BadModel, match="the manifest was changed"):
+        load_artifact(tmp_path / "a.qc")
+
+
+def test_an_artifact_runs_without_its_report(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a.qc") as folder:
+        (folder / REFERENCE).write_text("x")
+        (folder / REPORT).write_text("x")
+        write_manifest(folder, ENTRIES)
+    (tmp_path / "a.qc" / REPORT).unlink()
+    assert load_artifact(tmp_path / "a.qc").manifest["target"] == ENTRIES["target"]
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../b", "bad\0name"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler import registry
-from qcompiler.artifact.manifest import MANIFEST, REFERENCE, read_manifest, sha256
+from qcompiler.artifact.manifest import MANIFEST, REFERENCE, REPORT, read_manifest, sha256
 from qcompiler.errors import BadData, BadModel, QcompilerError
 from qcompiler.target import Backend, Feeds, Outputs, Runnable
 
@@ -63,7 +63,7 @@ def is_artifact(path: Path) -> bool:
 
 
 def load_artifact(folder: Path | str) -> Artifact:
-    """Open a compiled folder after checking that its files are those that were written.
+    """Open a compiled folder after checking that its files are those that were written; the report may be gone.
 
     Raises:
         BadModel: it is not an artifact, or a file is missing or was changed.
@@ -73,6 +73,8 @@ def load_artifact(folder: Path | str) -> Artifact:
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
+            if name == REPORT:
+                continue
             raise BadModel(f"the file {name} is missing", str(folder), "compile again")
         if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
             raise BadModel(f"the file {name} was changed after compilation", str(folder), "compile again")

@@ -5,7 +5,7 @@ Keys (schema 1): kind, schema, qcompiler, name, target, budget, keep, seed, acti
 dtype, shape}], plan, bits_per_weight, uncounted [{where, reason, bytes}], stored_bytes, fp32_bytes, sizes,
 predicted_loss, realised_loss, lower_bound, gap, fidelity, output_kinds {name: kind}, tolerance {relative, reason,
 noise, rule}, verification [see `agreement.Agreement`], facts, passes, seconds, peak_rss_bytes, files {name: {bytes,
-sha256}}.
+sha256}}, digest (SHA-256 of all other keys).
 """
 
 from __future__ import annotations
@@ -54,8 +54,15 @@ def file_table(folder: Path) -> dict[str, dict[str, Any]]:
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
     """Write manifest.json for the files that are in the folder now; return it whole."""
     manifest = {"kind": KIND, "schema": SCHEMA, **entries, "files": file_table(folder)}
+    manifest["digest"] = _digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", "utf-8")
     return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all entries but the digest itself, so that an edit by hand is noticed."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -81,6 +88,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BadModel(f"the manifest has no valid entry '{wrong}'", str(path), "compile again")
     if not all(_is_inside(name) for name in manifest["files"]) or REFERENCE not in manifest["files"]:  # type: ignore[reportUnknownVariableType]
         raise BadModel("the manifest names files that are not those of an artifact", str(path), "compile again")
+    if manifest.get("digest") != _digest(manifest):  # type: ignore[reportUnknownMemberType,reportUnknownArgumentType]
+        raise BadModel("the manifest was changed after compilation", str(path), "compile again")
     return manifest  # type: ignore[reportUnknownVariableType]
 
 

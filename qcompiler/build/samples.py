@@ -91,6 +91,7 @@ def gather(source: Source, model: Model, seed: int, progress: Progress) -> Sampl
     whole = _read(source, model, seed)
     if whole.warning:
         progress.note(whole.warning)
+    _note_constant(whole, progress)
     count = whole.count
     if count < _LEAST:
         what = f"only {count} calibration sample{'' if count == 1 else 's'}: none is held back"
@@ -99,6 +100,13 @@ def gather(source: Source, model: Model, seed: int, progress: Progress) -> Sampl
     used, kept = (whole.take(count - held), whole.part(count - held, count)) if held else (whole, whole)
     one = feed_bytes(next(iter(whole.batches(1, 1))))
     return Samples(source, used, kept, random, max(1, min(_MOST_BATCH, _BATCH_BYTES // max(one, 1))))
+
+
+def _note_constant(samples: Calibration, progress: Progress) -> None:
+    """Say that the first samples hold one number and nothing else, from which nothing can be learnt."""
+    arrays = [array for feeds in samples.batches(_MOST_BATCH, _MOST_BATCH) for array in feeds.values()]
+    if arrays and all(array.size > 1 and (array == array.flat[0]).all() for array in arrays):
+        progress.note("the calibration data is the same number everywhere: expect formats and ranges that fit nothing")
 
 
 def batch_for(output_bytes: int, most: int = _MOST_BATCH) -> int:

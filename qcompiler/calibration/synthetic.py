@@ -72,7 +72,9 @@ def _working_sizes(model: ir.Model, roles: list[IntegerInput], run: Run, rng: np
             return sizes
         except QcompilerError as error:
             last = error
-    raise BadModel(f"runs with no input that could be made up ({last})", fix="give calibration data") from last
+    where = str(model.meta.get("file", "the model"))
+    fix = "give calibration data that it runs with, or repair the model"
+    raise BadModel(f"runs with no input that could be made up ({last})", where, fix) from last
 
 
 def _random(

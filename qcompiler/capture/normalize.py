@@ -29,6 +29,7 @@ from qcompiler.errors import BadModel, QcompilerError
 
 OPSET = 21
 MODULE_KEY = "qcompiler.module"
+DEFAULTS_KEY = "defaults"  # of a graph's meta: inputs that had a default value, which is a constant now
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _FOLD_LIMIT = 1 << 18  # elements of a folded constant; larger ones only if they replace as much
 _SLIM_LIMIT = 1 << 16  # bytes; larger initializers do not pass through onnx's converter
@@ -80,7 +81,7 @@ def root_cause(error: BaseException) -> str:
 
 
 def _normalized(model: ir.Model, where: str) -> ir.Model:
-    common.RemoveInitializersFromInputsPass()(model)
+    _fix_defaults(model)
     common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model = _uplift(model, where)
@@ -91,6 +92,13 @@ def _normalized(model: ir.Model, where: str) -> ir.Model:
     model.metadata_props.clear()
     model.ir_version = min(max(model.ir_version, 10), 13)
     return model
+
+
+def _fix_defaults(model: ir.Model) -> None:
+    """Make constants of inputs that have a default value; before IR 4 every weight was listed as such an input."""
+    if model.ir_version >= 4:
+        model.meta[DEFAULTS_KEY] = [str(value.name) for value in model.graph.inputs if value.is_initializer()]
+    common.RemoveInitializersFromInputsPass()(model)
 
 
 def _uplift(model: ir.Model, where: str) -> ir.Model:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.capture.onnx import load_onnx
-from qcompiler.errors import BadModel, MissingExtra
+from qcompiler.errors import BadModel, BadOption, MissingExtra
 from qcompiler.folders import temporary_folder
 from qcompiler.model import Model
 
@@ -37,13 +37,14 @@ def capture(
 
     Raises:
         MissingExtra: torch is not installed.
+        BadOption: `module` is no module, or it cannot be called with `example_inputs`.
         BadModel: torch cannot export the module.
     """
     try:
         import torch
     except ImportError as error:
         raise MissingExtra("torch", "capturing a PyTorch module") from error
-    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    args, kwargs = _arguments(module, example_inputs)
     shapes = dynamic_shapes if dynamic_shapes is not None else _shared_batch(module, args, kwargs)
     training = {m: m.training for m in module.modules()}
     module.eval()
@@ -68,6 +69,24 @@ def capture(
     finally:
         for part, mode in training.items():
             part.training = mode
+
+
+def _arguments(module: Any, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call; BadOption where `module` cannot be called with them."""
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise BadOption(f"a {type(module).__name__} is no torch.nn.Module", "module", "give the module, not its name")
+    fix = "give the arguments of one call in a tuple: capture(module, (x,)), or by name in a dict"
+    if isinstance(example_inputs, torch.Tensor) or not isinstance(example_inputs, Mapping | Sequence):
+        raise BadOption(f"a {type(example_inputs).__name__} is not a tuple of arguments", "example_inputs", fix)
+    by_name = isinstance(example_inputs, Mapping)
+    args, kwargs = ((), dict(example_inputs)) if by_name else (tuple(example_inputs), {})
+    try:
+        inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise BadOption(f"the module cannot be called with them ({error})", "example_inputs", fix) from error
+    return args, kwargs
 
 
 def _shared_batch(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -33,7 +33,11 @@ def command(
     target: Annotated[str, typer.Option(help="What the artifact runs on: cpu or onnx.")] = "cpu",
     budget: Annotated[
         list[str] | None,
-        typer.Option(metavar="B", help="3.5bits (average stored bits a weight), 120MB, 8ms or 1.2Gbops; several hold."),
+        typer.Option(
+            metavar="B",
+            help="3.5bits (average stored bits a weight), 120MB, 8ms or 1.2Gbops; several hold. "
+            "What the pipeline says by default; recipes: 4bits.",
+        ),
     ] = None,
     calib: Annotated[
         str | None,
@@ -202,7 +206,7 @@ def _print_summary(result: CompileResult) -> None:
     fidelity, kinds = result.fidelity, result.output_kinds
     assert result.artifact is not None
     data = "held-back data" if result.held_back else "the calibration data"
-    ratio = result.fp32_bytes / max(result.stored_bytes, 1)
+    ratio = result.fp32_bytes / result.stored_bytes if result.stored_bytes else 1.0
     facts = [
         *_bits(result),
         ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}, {ratio:.1f} times smaller"),

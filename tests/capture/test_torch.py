@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 
 from qcompiler.capture.torch import capture
-from qcompiler.errors import BadModel, MissingExtra
+from qcompiler.errors import BadModel, BadOption, MissingExtra
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,21 @@ def test_weights_and_nodes_carry_module_paths() -> None:
 def test_a_module_that_cannot_be_exported_is_refused() -> None:
     with pytest.raises(BadModel, match="torch cannot export"):
         capture(Branching(), (torch.randn(3),))
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "message"),
+    [
+        (3, (), "a int is no torch.nn.Module"),
+        (nn.Linear(3, 2), torch.zeros(2, 3), "a Tensor is not a tuple"),
+        (nn.Linear(3, 2), 3, "a int is not a tuple"),
+        (nn.Linear(3, 2), (), "cannot be called with them"),
+        (nn.Linear(3, 2), {"y": torch.zeros(2, 3)}, "cannot be called with them"),
+    ],
+)
+def test_wrong_arguments_are_named(module: Any, inputs: Any, message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        capture(module, inputs)
 
 
 def test_without_torch_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
