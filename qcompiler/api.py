@@ -121,6 +121,7 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     preprocess: str | None = None,
     tokenizer: Path | str | None = None,
     pareto: int = 0,
+    effort: str = "default",
 ) -> CompileResult:
     """Compile a model under a budget into a verified artifact.
 
@@ -143,6 +144,7 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
         tokenizer: tokenizer.json that turns a text file into inputs.
         pareto: solve for so many sizes (2 or more) and stop after planning, as with `explain`; the points are
             `result.plan.solution["pareto"]`. Without a budget, the plan is the one that loses least.
+        effort: "low", "default" or "high": how much time a recipe may take for accuracy.
 
     Raises:
         QcompilerError: bad input, infeasible budget, unwritable output, failed verification; one line each.
@@ -151,7 +153,7 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
     progress = progress or Silent()
     model = model if isinstance(model, Model) else _path_of(model)
     explain = explain or pareto > 0
-    options = _options(target, _NO_LIMIT if pareto and not budget else budget, keep, seed, activations)
+    options = _options(target, _NO_LIMIT if pareto and not budget else budget, keep, seed, activations, effort)
     if pareto:
         options = replace(options, pareto=pareto, given=options.given | {"pareto"})
     backend: Backend = registry.find("backends", target)()
@@ -212,7 +214,7 @@ def _texts(values: Any, option: str, fix: str) -> tuple[str, ...]:
     return several
 
 
-def _options(target: Any, budget: Any, keep: Any, seed: Any, activations: str) -> Options:
+def _options(target: Any, budget: Any, keep: Any, seed: Any, activations: str, effort: str) -> Options:
     number = budget if isinstance(budget, int | float) else 4
     budgets = _texts(budget, "--budget", f'write "{number:g}bits" for bits per weight, or "120MB" for a size')
     patterns = _texts(keep, "--keep", 'write "embeddings", or patterns of names such as "layers.0.*"')
@@ -227,7 +229,8 @@ def _options(target: Any, budget: Any, keep: Any, seed: Any, activations: str) -
         raise BadOption(f"the seed {seed} is negative", "--seed", "give 0 or more")
     given = {"target"} | ({"budget"} if budgets else set()) | ({"keep"} if patterns else set())
     given |= ({"seed"} if seed else set()) | ({"activations"} if activations != "auto" else set())
-    return Options(target, budgets, patterns, seed, activations, frozenset(given))
+    given |= {"effort"} if effort != "default" else set()
+    return Options(target, budgets, patterns, seed, activations, frozenset(given), effort=effort)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from qcompiler.progress import Progress, Silent
 
 EXACT: Literal["exact"] = "exact"
 LOSSY: Literal["lossy"] = "lossy"
+EFFORTS = ("low", "default", "high")
 _WORDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 __all__ = ["EXACT", "LOSSY", "Pass", "PassReport", "Pipeline", "Refusal"]
 
@@ -113,21 +114,32 @@ class Pipeline:
         return "\n".join(lines)
 
     @staticmethod
-    def from_toml(text: str, where: str = "pipeline") -> Pipeline:
-        """The inverse of `to_toml`; names what is unknown or of the wrong type."""
+    def from_toml(text: str, where: str = "pipeline", effort: str = "default", *, asked: bool = False) -> Pipeline:
+        """The inverse of `to_toml`; names what is unknown or of the wrong type.
+
+        Args:
+            text: [[pass]] tables. One with a key `effort` (one of `EFFORTS`, or several) is there for these only.
+            where: for messages.
+            effort: which of them.
+            asked: the user asked for an effort, so that it must make a difference.
+        """
         try:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise BadOption(f"not valid TOML ({error})", where=where) from error
         if set(data) - {"pass"} or not isinstance(data.get("pass"), list):
             raise BadOption("a pipeline is a list of [[pass]] tables", where=where, fix="see passes/recipes")
-        return Pipeline([_build(dict(table), where) for table in data["pass"]])
+        tables = [dict(table) for table in data["pass"]]
+        if asked and not any("effort" in table for table in tables):
+            what = "no pass of this pipeline depends on the effort"
+            raise BadOption(what, "--effort", f'drop it, or give a pass of {where} an entry such as effort = "high"')
+        return Pipeline([_build(table, where) for table in tables if effort in _efforts(table, where)])
 
     @staticmethod
-    def load(path: Path) -> Pipeline:
-        """Read a TOML file."""
+    def load(path: Path, effort: str = "default", *, asked: bool = False) -> Pipeline:
+        """Read a TOML file; see `from_toml`."""
         try:
-            return Pipeline.from_toml(path.read_text("utf-8"), str(path))
+            return Pipeline.from_toml(path.read_text("utf-8"), str(path), effort, asked=asked)
         except (OSError, UnicodeDecodeError) as error:
             raise BadOption(f"cannot be read ({error})", where=str(path)) from error
 
@@ -144,6 +156,16 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"  # type: ignore[reportUnknownArgumentType]
     return repr(value)
+
+
+def _efforts(table: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The efforts for which a pass is there; takes the entry out of its table."""
+    given = table.pop("effort", EFFORTS)
+    found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list | tuple) else ()  # type: ignore[reportUnknownArgumentType]
+    if not found or not all(one in EFFORTS for one in found):  # type: ignore[reportUnknownVariableType]
+        what = f"effort of pass '{table.get('name')}' is {given!r}"
+        raise BadOption(what, where, f"write one of {', '.join(EFFORTS)}, or a list of them")
+    return found  # type: ignore[reportUnknownVariableType]
 
 
 def _build(table: dict[str, Any], where: str) -> Pass:

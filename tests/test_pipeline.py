@@ -66,6 +66,38 @@ PIPELINES = [
 ]
 
 
+LEVELS = """
+[[pass]]
+name = "nearest"
+effort = "low"
+
+[[pass]]
+name = "gptq"
+effort = ["default", "high"]
+
+[[pass]]
+name = "insert-qdq"
+"""
+
+
+@pytest.mark.parametrize(("effort", "first"), [("low", "nearest"), ("default", "gptq"), ("high", "gptq")])
+def test_passes_are_there_for_their_efforts(effort: str, first: str) -> None:
+    found = Pipeline.from_toml(LEVELS, effort=effort, asked=True)
+    assert [item.registered_name() for item in found.passes] == [first, "insert-qdq"]
+    assert Pipeline.from_toml(found.to_toml()) == found
+
+
+@pytest.mark.parametrize("value", ["'much'", "3", "[]", "['low', 3]"])
+def test_unknown_efforts_are_named(value: str) -> None:
+    with pytest.raises(BadOption, match="effort of pass 'nearest'"):
+        Pipeline.from_toml(f"[[pass]]\nname = 'nearest'\neffort = {value}", "here")
+
+
+def test_an_effort_that_makes_no_difference_is_refused() -> None:
+    with pytest.raises(BadOption, match="no pass of this pipeline depends on the effort"):
+        Pipeline.from_toml("[[pass]]\nname = 'nearest'", "here", "low", asked=True)
+
+
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_toml_there_and_back(pipeline: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "p.toml"

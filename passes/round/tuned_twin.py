@@ -1,14 +1,14 @@
-"""A quantized model as a differentiable twin whose ranges, scales and biases can be learned.
+"""A quantized model as a differentiable twin whose weights, activation ranges and biases can be learned.
 
 Only `tune` imports this file, since it needs torch. Activation grids pass gradients straight through their rounding;
 the ends of a grid get the gradients of LSQ (Esser et al., "Learned Step Size Quantization", 2020) with a zero
-point (Bhalgat et al., "LSQ+", 2020). The codes of the weights stay as they are.
+point (Bhalgat et al., "LSQ+", 2020).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from qcompiler.formats import PerTensor, QTensor, round_scale
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.fx_twin import fx_twin
+from qcompiler.measure.segments import Segments
 from qcompiler.model import Model, StaticRange
+from qcompiler.passes.lower.bias import has_bias
+from qcompiler.passes.round.learned_weights import LearnedWeight
 from qcompiler.passes.round.quantized_values import Target, bounds_of
+from qcompiler.passes.round.recomputed import recomputed
 from qcompiler.passes.round.rows import block_count
 
 Floats = npt.NDArray[np.float32]
@@ -52,18 +55,17 @@ class Grid(torch.nn.Module):
         return quantize(x, scale.reshape(1), zero.reshape(1), 0, _LEVELS, 1.0)
 
 
-class Channels(torch.nn.Module):
-    """A factor or a summand for each output channel, along one axis."""
+class Shift(torch.nn.Module):
+    """A summand for each output channel."""
 
-    def __init__(self, rows: int, shape: tuple[int, ...], multiply: bool) -> None:
+    def __init__(self, rows: int, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.value = torch.nn.Parameter(torch.zeros(rows))
-        self._shape, self._multiply = shape, multiply
+        self._shape = shape
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply by 1 + value, or add value."""
-        value = self.value.reshape(self._shape)
-        return x * (1 + value) if self._multiply else x + value
+        """Add it."""
+        return x + self.value.reshape(self._shape)
 
 
 class TunedTwin:
@@ -72,34 +74,60 @@ class TunedTwin:
     Args:
         model: float graph with codes and ranges beside it; bias shifts are started from.
         targets: of all values in `model.ranges`.
+        codes: whether the codes of weights are learned beside their scales.
+
+    Attributes:
+        weights: by site. grids: by activation value. shifts: by site, where a bias is there to take them.
 
     Raises:
         MissingExtra, BadModel: as `fx_twin`.
     """
 
-    def __init__(self, model: Model, targets: Sequence[Target]) -> None:
-        copy = model.clone()
-        sites = [s for s in find_sites(copy.ir) if s.name in model.weights]
-        for site in sites:
-            decoded = np.asarray(site.from_matrix(model.weights[site.name].decode()), np.float32)
-            site.weight.const_value = ir.tensor(decoded, name=site.weight.name)
-        self.module = fx_twin(copy.ir)
+    def __init__(self, model: Model, targets: Sequence[Target], codes: bool = False) -> None:
+        sites = [s for s in find_sites(model.ir) if s.name in model.weights]
+        self.module = fx_twin(model.ir)
         self.module.requires_grad_(requires_grad=False)
+        self._inputs = [str(value.name) for value in model.graph.inputs if value.const_value is None]
+        # An activation grid's steps are no finer than bfloat16: only what has none is computed in it.
+        self._narrow = not model.ranges and _has_fast_bfloat16()
         self._at = {node.meta["value"]: node for node in self.module.graph.nodes if "value" in node.meta}
+        self.weights = {site.name: self._learned(model, site, codes) for site in sites}
         self.grids: dict[str, Grid] = {}
-        self.shifts: dict[str, Channels] = {}
-        self.factors: dict[str, Channels] = {}
+        self.shifts: dict[str, Shift] = {}
         for site in (s for s in sites if s.op != "Gather" and block_count(s) in (1, s.groups)):
-            self._add_channels(site, model.weights[site.name], model.bias_shift.get(site.name))
-        values = {str(v.name): v for node in copy.graph for v in node.outputs}
+            if site.name in model.bias_shift or has_bias(site):
+                self._add_shift(site, model.bias_shift.get(site.name))
+        values = {str(v.name): v for node in model.graph for v in node.outputs}
         for target in targets:
             self._add_grid(target, values.get(str(target.value.name)), model.ranges)
         self.module.graph.eliminate_dead_code()
         self.module.recompile()
+        self.module = recomputed(self.module, {n: s.index for s in Segments(model.ir) for n in s.made})
 
-    def outputs(self, feed: Mapping[str, npt.NDArray[Any]], names: Sequence[str]) -> tuple[torch.Tensor, ...]:
-        """The graph's outputs for a batch whose inputs are called by these names."""
-        return self.module(*(torch.from_numpy(np.asarray(feed[name])) for name in names))
+    def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
+        """What can be learned: "scale", "code", "range" and "bias" -> parameters, those that there are."""
+        learned = self.weights.values()
+        found = {
+            "scale": [weight.factor for weight in learned],
+            "code": [weight.position for weight in learned if weight.position is not None],
+            "range": [grid.ends for grid in dict.fromkeys(self.grids.values())],
+            "bias": [shift.value for shift in self.shifts.values()],
+        }
+        return {kind: parameters for kind, parameters in found.items() if parameters}
+
+    @contextmanager
+    def step(self) -> Generator[None]:
+        """Samples may be run inside; the weights are those learned so far, their gradients are there at the end."""
+        for weight in self.weights.values():
+            weight.fill()
+        yield
+        for weight in self.weights.values():
+            weight.collect()
+
+    def outputs(self, feed: Mapping[str, npt.NDArray[Any]]) -> tuple[torch.Tensor, ...]:
+        """The graph's outputs for a batch of its inputs by name; inside `step` only."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._narrow):
+            return self.module(*(torch.from_numpy(np.asarray(feed[name])) for name in self._inputs))
 
     def commit(self, model: Model) -> None:
         """Write what was learned to the side tables of the model."""
@@ -108,19 +136,18 @@ class TunedTwin:
             model.ranges[name] = grid.target.grid(low, high)
         for name, shift in self.shifts.items():
             model.bias_shift[name] = shift.value.detach().numpy().copy()
-        for name, factor in self.factors.items():
-            tensor = model.weights[name]
-            scale = tensor.scale * (1 + factor.value.detach().numpy()[:, None])
-            scale = np.where(scale > 0, scale, tensor.scale).astype(np.float32)
-            model.weights[name] = replace(tensor, scale=round_scale(scale, tensor.spec.scale_dtype))
+        for name, weight in self.weights.items():
+            model.weights[name] = weight.result()
 
-    def _add_channels(self, site: Site, tensor: QTensor, start: Floats | None) -> None:
-        if not isinstance(tensor.spec.granularity, PerTensor) and site.layout != "conv-transpose":
-            shape = (1, -1) if site.layout == "columns-first" else (-1, *[1] * (len(site.shape) - 1))
-            self.factors[site.name] = Channels(site.rows, shape, multiply=True)
-            self._insert(str(site.weight.name), self.factors[site.name])
+    def _learned(self, model: Model, site: Site, codes: bool) -> LearnedWeight:
+        parameter = getattr(self.module, str(self._at[str(site.weight.name)].target))
+        if self._narrow and all(user.op_type in ("MatMul", "Gemm") for user in site.users):
+            parameter.data = parameter.data.to(torch.bfloat16)  # what it is cast to for every product
+        return LearnedWeight(site, model.weights[site.name], parameter, codes)
+
+    def _add_shift(self, site: Site, start: Floats | None) -> None:
         shape = (-1, *[1] * (len(site.shape) - 2)) if site.layout.startswith("conv") else (-1,)
-        shift = self.shifts[site.name] = Channels(site.rows, shape, multiply=False)
+        shift = self.shifts[site.name] = Shift(site.rows, shape)
         if start is not None:
             shift.value.data = torch.from_numpy(np.array(start, np.float32))
         for user in (u for u in site.users if u.op_type != "Gather"):
@@ -145,3 +172,8 @@ class TunedTwin:
             made = self.module.graph.call_module(key, (source or node,))
         node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
         self._at[name] = made
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether products of bfloat16 are several times faster here than those of float32 (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())  # type: ignore[reportPrivateUsage] # torch has no public name

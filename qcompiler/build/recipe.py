@@ -11,7 +11,7 @@ from typing import Any
 from qcompiler.errors import BadOption
 from qcompiler.graph.sites import find_sites
 from qcompiler.model import Model
-from qcompiler.pipeline import Pass, Pipeline
+from qcompiler.pipeline import EFFORTS, Pass, Pipeline
 
 ACTIVATIONS = ("auto", "float", "static", "dynamic")
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -28,6 +28,7 @@ class Options:
         seed: of everything random.
         activations: "auto" (what the target does best), "float", "static" or "dynamic".
         pareto: points of the size-against-loss path to solve for; 0: none.
+        effort: one of `pipeline.EFFORTS`: which passes of a recipe or file are run.
     """
 
     target: str
@@ -37,8 +38,11 @@ class Options:
     activations: str = "auto"
     given: frozenset[str] = field(default_factory=frozenset[str])
     pareto: int = 0
+    effort: str = "default"
 
     def __post_init__(self) -> None:
+        if self.effort not in EFFORTS:
+            raise BadOption(f"unknown effort '{self.effort}'", "--effort", f"choose one of {', '.join(EFFORTS)}")
         if self.activations not in ACTIVATIONS:
             fix = f"choose one of {', '.join(ACTIVATIONS)}"
             raise BadOption(f"unknown mode '{self.activations}'", "--activations", fix)
@@ -63,7 +67,11 @@ def build_pipeline(choice: str | Path | Pipeline | None, model: Model, options: 
     """
     if choice is None:
         choice = default_recipe(model)
-    pipeline = choice if isinstance(choice, Pipeline) else _load(str(choice))
+    if isinstance(choice, Pipeline):
+        if "effort" in options.given:
+            raise BadOption("a Pipeline says itself what is run", "--effort", "drop it, or give a recipe's name")
+        return fill(choice, options)
+    pipeline = _load(str(choice), options.effort, "effort" in options.given)
     return fill(pipeline, options)
 
 
@@ -89,7 +97,7 @@ def fill(pipeline: Pipeline, options: Options) -> Pipeline:
         values = {name: value for name, value in values.items() if value or name in options.given}
         taken |= (set(known) - set(item.hints)) & options.given
         passes.append(replace(item, **values))
-    left = sorted(options.given - taken - {"target", "seed"})
+    left = sorted(options.given - taken - {"target", "seed", "effort"})
     if left:
         raise BadOption(
             "no pass of this pipeline takes it", f"--{left[0]}", "drop it, or put 'allocate' in the pipeline"
@@ -133,13 +141,13 @@ def _as_field(f: Field[Any], value: Any) -> Any:
     return value
 
 
-def _load(choice: str) -> Pipeline:
+def _load(choice: str, effort: str, asked: bool) -> Pipeline:
     if choice in recipes():
         text = (resources.files("qcompiler.passes") / "recipes" / f"{choice}.toml").read_text("utf-8")
-        return Pipeline.from_toml(text, f"recipe {choice}")
+        return Pipeline.from_toml(text, f"recipe {choice}", effort, asked=asked)
     if not Path(choice).exists():
         names = ", ".join(recipes())
         raise BadOption(
             f"there is no recipe and no file '{choice}'", "--pipeline", f"give a TOML file or one of {names}"
         )
-    return Pipeline.load(Path(choice))
+    return Pipeline.load(Path(choice), effort, asked=asked)

@@ -57,6 +57,9 @@ def command(
         ),
     ] = None,
     activations: Annotated[str, typer.Option(help="auto, float, static or dynamic.")] = "auto",
+    effort: Annotated[
+        str, typer.Option(help="low, default or high: how much time a recipe may take for accuracy.")
+    ] = "default",
     resume: Annotated[bool, typer.Option(help="Go on from earlier measurements in the cache.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     explain: Annotated[
@@ -82,7 +85,7 @@ def command(
         check_file(page, b": size against loss</title>")
     result = compile_model(
         model, target, budget or [], calib, pipeline, keep or [], output, seed, resume, activations, explain,
-        Terminal(), preprocess, tokenizer, _PARETO_POINTS if pareto else 0,
+        Terminal(), preprocess, tokenizer, _PARETO_POINTS if pareto else 0, effort,
     )  # fmt: skip
     if pareto:
         _print_path(result, page, model.stem)
