@@ -178,7 +178,7 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
         work.calibration, work.cache = samples.used, cache
         lowering = lower(work, passes, progress, only_plan=explain)
         if explain:
-            return _explained(lowering, options, samples, backend, start)
+            return _explained(lowering, options, samples, backend, passes, start)
         path = None if isinstance(model, Model) else model
         manifest = emit(lowering, out, options, passes, samples, path, start, progress)
     return _result(lowering, out, manifest)
@@ -244,14 +244,16 @@ def open_cache(resume: bool) -> Generator[Cache]:
         yield Cache(folder)
 
 
-def _explained(lowering: Lowering, options: Options, samples: Samples, backend: Backend, start: float) -> CompileResult:
+def _explained(
+    lowering: Lowering, options: Options, samples: Samples, backend: Backend, passes: Pipeline, start: float
+) -> CompileResult:
     model, solution = lowering.rounded, lowering.rounded.plan.solution
     batch = next(iter(samples.used.batches(samples.batch, samples.batch)))
     return CompileResult(
         None, options.target, options.budget, bits_per_weight(model), stored_bytes(model),
         stored_bytes(lowering.original, Plan()), solution.get("predicted_loss"), solution.get("lower_bound"),
         solution.get("gap"), None, {"sqnr_db": None, "kl": None, "top1_agreement": None}, False,
-        time.monotonic() - start, expected_peak(model, batch, backend), model.plan, lowering.reports,
+        time.monotonic() - start, expected_peak(model, batch, backend, passes.passes), model.plan, lowering.reports,
         uncounted=uncounted_weights(lowering.original.ir),
     )  # fmt: skip
 

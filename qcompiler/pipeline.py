@@ -69,6 +69,10 @@ class Pass(ABC):
     def requires(self, model: Model) -> None:  # noqa: B027 - most passes run on anything
         """Raise PassRefused if this pass cannot run on this model at all."""
 
+    def adds_bytes(self, model: Model) -> int:  # noqa: ARG002 - most passes
+        """Memory that it takes beside what every compilation does (see `build.memory.expected_peak`)."""
+        return 0
+
     @abstractmethod
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Edit `model` in place and say what was done."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
+_TORCH = 200_000_000  # bytes of the program
 _WARM = 5  # steps in which the rates rise
 _DECAY = (0.9, 0.95)  # of Adam's averages: there are only dozens of steps
 
@@ -78,6 +79,13 @@ class Tune(Pass):
             raise PassRefused("tuning needs calibration data", where=model.name)
         if not self.optional and importlib.util.find_spec("torch") is None:
             raise MissingExtra("torch", "tuning of scales and biases")
+
+    def adds_bytes(self, model: Model) -> int:
+        """Of torch, and of the twin's weights and gradients, most of them in bfloat16."""
+        if importlib.util.find_spec("torch") is None:
+            return 0
+        weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        return _TORCH + weights * (1 if self.code_rate == 0 else 4)
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Learn; metrics hold the loss on held-back samples before and after."""
