@@ -21,7 +21,15 @@ LAYERS = [
     {"report", "artifact", "build", "diagnose", "bench", "commands", "api", "cli"},
 ]
 # Imported by fx_twin when a twin is built, and by the pass that tunes one.
-TORCH_FILES = {"torch_ops.py", "torch_nn_ops.py", "tuned_twin.py"}
+TORCH_FILES = (
+    "torch_ops.py",
+    "torch_nn_ops.py",
+    "tuned_twin.py",
+    "learned_weights.py",
+    "recomputed.py",
+    "distance.py",
+    "training_state.py",
+)
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

@@ -63,7 +63,7 @@ class Tune(Pass):
     tokens: int = 32768
     batch: int = 4
     range_rate: float = 1e-3
-    scale_rate: float = 1e-3
+    scale_rate: float = 4e-3
     code_rate: float = 0.0
     bias_rate: float = 3e-4
     optional: bool = False
@@ -109,7 +109,7 @@ class Tune(Pass):
         held = max(1, len(feeds) // 8)
         train, judges = range(len(feeds) - held), range(len(feeds) - held, len(feeds))
         before = _judge(twin, teacher, feeds, judges)
-        self._learn(twin, teacher, feeds, train, progress)
+        self._learn(model, twin, teacher, feeds, train, progress)
         after = _judge(twin, teacher, feeds, judges)
         better = bool(after < before)
         if better:
@@ -122,11 +122,18 @@ class Tune(Pass):
         return PassReport(self.registered_name(), 0, (Refusal(model.name, reason),))
 
     def _learn(
-        self, twin: TunedTwin, teacher: Teacher, feeds: Sequence[Feed], train: Sequence[int], progress: Progress
+        self,
+        model: Model,
+        twin: TunedTwin,
+        teacher: Teacher,
+        feeds: Sequence[Feed],
+        train: Sequence[int],
+        progress: Progress,
     ) -> None:
         import torch
 
         from qcompiler.passes.round.distance import distance
+        from qcompiler.passes.round.training_state import TrainingState
 
         rates = {"range": self.range_rate, "scale": self.scale_rate, "code": self.code_rate, "bias": self.bias_rate}
         learned = {kind: found for kind, found in twin.parameters().items() if rates[kind]}
@@ -139,9 +146,11 @@ class Tune(Pass):
         rng = np.random.default_rng(self.seed)
         order = np.concatenate([rng.permutation(len(train)) for _ in range(self.epochs)])
         steps = np.array_split(order, -(-len(order) // self.batch))
-        rate = lambda step: min(1.0, (step + 1) / _WARM) * (1 - step / len(steps))  # noqa: E731
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, rate)
-        for step in progress.track(steps, "Tuning"):
+        state = TrainingState(model, adam, repr(self))
+        done = state.load()
+        for number, step in enumerate(progress.track(steps[done:], "Tuning"), done + 1):
+            for group, kind in zip(adam.param_groups, learned, strict=True):
+                group["lr"] = rates[kind] * min(1.0, number / _WARM) * (1 - (number - 1) / len(steps))
             adam.zero_grad()
             with twin.step():
                 for index in step:
@@ -149,7 +158,8 @@ class Tune(Pass):
                     loss = distance(twin.outputs(feeds[sample]), teacher[sample]) / len(step)
                     loss.backward()
             adam.step()
-            schedule.step()
+            if number % -(-len(steps) // self.epochs) == 0 or number == len(steps):
+                state.save(number)
 
 
 def _targets(model: Model) -> list[Target]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from qcompiler.errors import MissingExtra, PassRefused
+from qcompiler.measure.cache import Cache
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model, StaticRange
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
@@ -61,6 +64,54 @@ def test_tuning_lowers_the_error_and_keeps_the_codes() -> None:
     assert model.ranges["b"].zero == 0
     assert np.float32(255) * np.float32(model.ranges["b"].scale) <= 6
     assert model.ranges["h"] == model.ranges["g"]  # Flatten only moves codes
+
+
+class Killed(Silent):
+    """Progress of a run that is killed after some steps."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.steps = after, 0
+
+    def track(self, items: Any, label: str) -> Any:
+        for item in items:
+            if self.steps == self.after:
+                raise KeyboardInterrupt
+            self.steps += 1
+            yield item
+
+
+def test_a_killed_run_goes_on_where_it_was_and_a_repeated_one_learns_nothing_anew(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    learn = Tune(epochs=4, scale_rate=2e-3, code_rate=2e-2)
+    through = rounded()
+    learn.run(through, Silent())
+    killed = rounded()
+    killed.cache = Cache(tmp_path)
+    per_epoch = -(-35 // 4)  # 40 samples, 5 of them held back
+    with pytest.raises(KeyboardInterrupt):
+        learn.run(killed, Killed(2 * per_epoch + 1))
+    progress = Killed(-1)
+    learn.run(killed, progress)
+    assert progress.steps == 2 * per_epoch - 1
+    for name, q in through.weights.items():
+        np.testing.assert_array_equal(killed.weights[name].codes, q.codes)
+        np.testing.assert_array_equal(killed.weights[name].scale, q.scale)
+    again, progress = rounded(), Killed(-1)
+    again.cache = Cache(tmp_path)
+    learn.run(again, progress)
+    assert progress.steps == 0
+    for name, q in through.weights.items():
+        np.testing.assert_array_equal(again.weights[name].scale, q.scale)
+
+
+def test_codes_are_learned_if_asked_for() -> None:
+    pytest.importorskip("torch")
+    model = rounded("int3-sym-channel-fp32")
+    before, codes = error(model), {name: q.codes for name, q in model.weights.items()}
+    report = Tune(epochs=12, code_rate=3e-2).run(model, Silent())
+    assert report.metrics["kept"]
+    assert error(model) < before
+    assert any((model.weights[name].codes != found).any() for name, found in codes.items())
 
 
 def test_what_does_not_help_is_not_kept() -> None:
