@@ -29,6 +29,7 @@ TORCH_FILES = (
     "recomputed.py",
     "distance.py",
     "training_state.py",
+    "learned_codes.py",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -12,24 +12,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qcompiler.measure.loss import output_kind
+from qcompiler.measure.loss import Kind, output_kind
 
 _ROWS = 64  # worked on at a time: a row of a language model has 50,000 classes
 _TINY = 1e-12
 
 
-def distance(outputs: Sequence[torch.Tensor], wanted: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
+def distance(
+    outputs: Sequence[torch.Tensor], wanted: Sequence[npt.NDArray[Any]], kinds: Sequence[Kind | None] = ()
+) -> torch.Tensor:
     """Sum over the float outputs: mean KL divergence of a row in nats for class scores, else ||y - r||^2 / ||r||^2.
 
     Args:
         outputs: of the twin, of any float type.
         wanted: of the float model, in the same shapes.
+        kinds: how to judge each of them; None, and all without any: by `loss.output_kind`.
     """
     total = torch.zeros(())
-    for output, exact in zip(outputs, wanted, strict=True):
+    for output, exact, kind in zip(outputs, wanted, kinds or [None] * len(wanted), strict=True):
         if not np.issubdtype(exact.dtype, np.floating):
             continue
-        kind, goal = output_kind(exact), torch.from_numpy(exact)
+        kind, goal = kind or output_kind(exact), torch.from_numpy(exact)
         if kind == "values":
             total = total + (output - goal).square().sum() / goal.square().sum().clamp(min=1e-30)
         elif kind == "probabilities":

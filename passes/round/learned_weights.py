@@ -11,17 +11,17 @@ Only `tuned_twin` imports this file, since it needs torch.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from qcompiler.formats import Int, PerTensor, QTensor, UInt, round_scale
 from qcompiler.formats.base import Floats, row_parts, spread_rows
 from qcompiler.graph.sites import Site
+from qcompiler.passes.round.learned_codes import SoftCodes, StraightCodes
 
-_EDGE = 0.4  # how far from its code, in steps, a weight begins at most: the boundary lies at half a step
+Codes = Literal["fixed", "straight", "soft"]
 
 
 class LearnedWeight:
@@ -29,74 +29,68 @@ class LearnedWeight:
 
     Attributes:
         factor: parameter [scale rows, groups]; a scale is the one of the beginning times 1 + factor.
-        position: parameter [rows, columns] in units of codes, whose nearest codes are the weight's; None where the
-            codes stay as they are. It begins where the float weight lies, or as near to it as its code allows;
-            gradients pass straight through the rounding (Bengio et al., 2013) unless the position is off the grid.
+        codes: how they are learned; None where they stay as they are.
 
     Args:
         site: of the graph that the twin was made of.
         tensor: what rounding has made of its weight.
         parameter: of the twin, in the layout of the weight.
-        codes: whether codes are learned; of other formats than integers they never are.
+        codes: how codes are learned (see `learned_codes`); those of other formats than integers stay fixed.
     """
 
-    def __init__(self, site: Site, tensor: QTensor, parameter: torch.nn.Parameter, codes: bool) -> None:
+    def __init__(self, site: Site, tensor: QTensor, parameter: torch.nn.Parameter, codes: Codes) -> None:
         self._site, self._tensor, self._parameter = site, tensor, parameter
         self.factor = torch.nn.Parameter(torch.zeros(tensor.scale.shape))
-        learn = codes and isinstance(tensor.spec.format, Int | UInt)
-        self.position = torch.nn.Parameter(torch.from_numpy(self._begin())) if learn else None
+        self.codes: StraightCodes | SoftCodes | None = None
+        if codes != "fixed" and isinstance(tensor.spec.format, Int | UInt):
+            kind = StraightCodes if codes == "straight" else SoftCodes
+            self.codes = kind(self._exact(tensor.spec.format.middle), tensor.codes, tensor.spec.format.code_range)
         parameter.requires_grad = True
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """What is learned."""
-        return [self.factor] if self.position is None else [self.factor, self.position]
 
     def result(self) -> QTensor:
         """The weight as learned so far, its scales as they will be stored."""
         scale = round_scale(self._scale(), self._tensor.spec.scale_dtype)
-        return replace(self._tensor, scale=scale, codes=self._codes())
+        return replace(
+            self._tensor, scale=scale, codes=self._tensor.codes if self.codes is None else self.codes.final()
+        )
+
+    def press(self, share: float) -> None:
+        """Soft codes towards whole numbers: a share from 0, not at all, to 1."""
+        if self.codes is not None:
+            self.codes.press(share)
 
     @torch.no_grad()
     def fill(self) -> None:
         """Write the matrix to the twin's parameter, and forget its gradient."""
-        matrix = replace(self._tensor, scale=self._scale(), codes=self._codes()).decode()
+        codes = self._tensor.codes if self.codes is None else self.codes.present()
+        matrix = replace(self._tensor, scale=self._scale(), codes=codes).decode()
         self._parameter.copy_(torch.from_numpy(self._site.from_matrix(matrix)))
         self._parameter.grad = None
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Set the gradients of `factor` and `position` from that of the twin's parameter, and forget that."""
+        """Set the gradients of `factor` and of the codes from that of the twin's parameter, and forget that."""
         gradient = self._parameter.grad
         if gradient is None:  # the weight does not matter to any output
             return
         self.factor.grad = torch.from_numpy(self._per_scale(gradient.float() * self._parameter))
         self.factor.grad /= 1 + self.factor
-        if self.position is not None:
-            self.position.grad = torch.from_numpy(self._per_code(self._site.to_matrix(gradient.float().numpy())))
+        if self.codes is not None:
+            self.codes.collect(self._per_code(self._site.to_matrix(gradient.float().numpy())))
         self._parameter.grad = None
 
-    def _begin(self) -> Floats:
-        """[rows, columns]: the float weights in units of codes, none far from the code that it was given."""
+    def _exact(self, middle: int) -> Floats:
+        """[rows, columns]: the float weights in units of codes."""
         matrix, tensor = self._site.matrix(), self._tensor
         found = np.empty(matrix.shape, np.float32)
-        offset = np.float32(_middle(tensor))
         for rows in row_parts(matrix.shape):
             scale, zero = spread_rows(tensor.scale, tensor.zero, tensor.spec, rows, matrix.shape[1])
-            codes = tensor.codes[rows].astype(np.float32)
-            exact = matrix[rows] / scale + (offset if zero is None else zero)
-            found[rows] = np.clip(exact, codes - _EDGE, codes + _EDGE)
+            found[rows] = matrix[rows] / scale + (np.float32(middle) if zero is None else zero)
         return found
 
     def _scale(self) -> Floats:
         scale = self._tensor.scale * (1 + self.factor.detach().numpy())
         return np.asarray(np.where(scale > 0, scale, self._tensor.scale), np.float32)
-
-    def _codes(self) -> npt.NDArray[Any]:
-        if self.position is None:
-            return self._tensor.codes
-        low, high = self._tensor.spec.format.code_range
-        return self.position.detach().round().clamp_(low, high).numpy().astype(self._tensor.codes.dtype)
 
     def _per_scale(self, products: torch.Tensor) -> Floats:
         """Sums of a tensor in the weight's layout over what shares a scale."""
@@ -109,19 +103,9 @@ class LearnedWeight:
         return np.ascontiguousarray(padded.reshape(*grid, size).sum(2))
 
     def _per_code(self, gradient: Floats) -> Floats:
-        """The gradient of the codes from that of the matrix; none where a position is off the grid."""
-        assert self.position is not None
-        low, high = self._tensor.spec.format.code_range
-        position, scales = self.position.detach().numpy(), self._scale()
-        found = np.empty_like(position)
-        for rows in row_parts(position.shape):
-            scale, _ = spread_rows(scales, None, self._tensor.spec, rows, position.shape[1])
-            inside = (position[rows] > low - 0.5) & (position[rows] < high + 0.5)
-            found[rows] = gradient[rows] * scale * inside
+        """The gradient of the codes from that of the matrix."""
+        scales, found = self._scale(), np.empty(gradient.shape, np.float32)
+        for rows in row_parts(gradient.shape):
+            scale, _ = spread_rows(scales, None, self._tensor.spec, rows, gradient.shape[1])
+            found[rows] = gradient[rows] * scale
         return found
-
-
-def _middle(tensor: QTensor) -> int:
-    """The code of zero where there are no zero points."""
-    assert isinstance(tensor.spec.format, Int | UInt)
-    return tensor.spec.format.middle

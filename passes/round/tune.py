@@ -98,7 +98,7 @@ class Tune(Pass):
         if len(feeds) < 2:
             return self._nothing(model, "too few samples to hold some back")
         try:
-            twin = TunedTwin(model, _targets(model), codes=self.code_rate > 0)
+            twin = TunedTwin(model, _targets(model), codes="straight" if self.code_rate > 0 else "fixed")
         except BadModel as error:
             if not self.optional:
                 raise

@@ -21,7 +21,7 @@ from qcompiler.measure.fx_twin import fx_twin
 from qcompiler.measure.segments import Segments
 from qcompiler.model import Model, StaticRange
 from qcompiler.passes.lower.bias import has_bias
-from qcompiler.passes.round.learned_weights import LearnedWeight
+from qcompiler.passes.round.learned_weights import Codes, LearnedWeight
 from qcompiler.passes.round.quantized_values import Target, bounds_of
 from qcompiler.passes.round.recomputed import recomputed
 from qcompiler.passes.round.rows import block_count
@@ -74,7 +74,7 @@ class TunedTwin:
     Args:
         model: float graph with codes and ranges beside it; bias shifts are started from.
         targets: of all values in `model.ranges`.
-        codes: whether the codes of weights are learned beside their scales.
+        codes: how the codes of weights are learned beside their scales.
 
     Attributes:
         weights: by site. grids: by activation value. shifts: by site, where a bias is there to take them.
@@ -83,7 +83,7 @@ class TunedTwin:
         MissingExtra, BadModel: as `fx_twin`.
     """
 
-    def __init__(self, model: Model, targets: Sequence[Target], codes: bool = False) -> None:
+    def __init__(self, model: Model, targets: Sequence[Target], codes: Codes = "fixed") -> None:
         sites = [s for s in find_sites(model.ir) if s.name in model.weights]
         self.module = fx_twin(model.ir)
         self.module.requires_grad_(requires_grad=False)
@@ -109,7 +109,7 @@ class TunedTwin:
         learned = self.weights.values()
         found = {
             "scale": [weight.factor for weight in learned],
-            "code": [weight.position for weight in learned if weight.position is not None],
+            "code": [weight.codes.parameter for weight in learned if weight.codes is not None],
             "range": [grid.ends for grid in dict.fromkeys(self.grids.values())],
             "bias": [shift.value for shift in self.shifts.values()],
         }
@@ -139,7 +139,7 @@ class TunedTwin:
         for name, weight in self.weights.items():
             model.weights[name] = weight.result()
 
-    def _learned(self, model: Model, site: Site, codes: bool) -> LearnedWeight:
+    def _learned(self, model: Model, site: Site, codes: Codes) -> LearnedWeight:
         parameter = getattr(self.module, str(self._at[str(site.weight.name)].target))
         if self._narrow and all(user.op_type in ("MatMul", "Gemm") for user in site.users):
             parameter.data = parameter.data.to(torch.bfloat16)  # what it is cast to for every product

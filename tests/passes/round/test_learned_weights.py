@@ -22,7 +22,7 @@ def sites() -> list[Site]:
     return [site for model in models for site in find_sites(model.ir)]
 
 
-def learned(site: Site, text: str, *, codes: bool = False) -> tuple[Any, QTensor, Any]:
+def learned(site: Site, text: str, *, codes: Any = "fixed") -> tuple[Any, QTensor, Any]:
     """The weight, what it begins with, and the twin's parameter."""
     from qcompiler.passes.round.learned_weights import LearnedWeight
 
@@ -34,7 +34,7 @@ def learned(site: Site, text: str, *, codes: bool = False) -> tuple[Any, QTensor
 @pytest.mark.parametrize("text", SPECS)
 @pytest.mark.parametrize("site", sites(), ids=lambda s: s.name)
 def test_nothing_changes_before_a_step(site: Site, text: str) -> None:
-    for codes in (False, True):
+    for codes in ("fixed", "straight"):
         weight, tensor, parameter = learned(site, text, codes=codes)
         weight.fill()
         np.testing.assert_array_equal(parameter.detach().numpy(), site.from_matrix(tensor.decode()))
@@ -67,26 +67,26 @@ def test_gradients_of_scales_are_slopes(site: Site, text: str) -> None:
 @pytest.mark.parametrize("text", SPECS)
 def test_gradients_of_codes_pass_straight_through(text: str) -> None:
     site = sites()[0]
-    weight, tensor, parameter = learned(site, text, codes=True)
+    weight, tensor, parameter = learned(site, text, codes="straight")
     weight.fill()
     parameter.grad = torch.ones(site.shape)
     weight.collect()
     scale = np.repeat(tensor.scale, tensor.spec.granularity.group_size(site.columns), 1)[:, : site.columns]
-    np.testing.assert_allclose(weight.position.grad.numpy(), np.broadcast_to(scale, (site.rows, site.columns)))
+    np.testing.assert_allclose(weight.codes.parameter.grad.numpy(), np.broadcast_to(scale, (site.rows, site.columns)))
 
 
 def test_codes_move_to_the_nearest_and_stay_on_the_grid() -> None:
-    weight, tensor, parameter = learned(sites()[0], "int3-sym-channel-fp32", codes=True)
+    weight, tensor, parameter = learned(sites()[0], "int3-sym-channel-fp32", codes="straight")
     with torch.no_grad():
-        weight.position += 1
+        weight.codes.parameter += 1
     np.testing.assert_array_equal(weight.result().codes, np.minimum(tensor.codes + 1, 3))
     with torch.no_grad():
-        weight.position += 100
+        weight.codes.parameter += 100
     weight.fill()
     parameter.grad = torch.ones_like(parameter)
     weight.collect()
     assert (weight.result().codes == 3).all()
-    assert not weight.position.grad.any()
+    assert not weight.codes.parameter.grad.any()
 
 
 def test_a_weight_that_does_not_matter_has_no_gradient() -> None:

@@ -1,0 +1,218 @@
+"""The engine of methods that learn codes part by part: AdaRound, AdaQuant, AutoRound and their like.
+
+Each segment of the model (a block of a residual network) is made to give what the float model gives, from what the
+rounded ones before it really give ("block reconstruction with quantized prefixes", BRECQ, 2102.05426). A method is
+a choice: how codes are learned, with which optimizer and rates, and for how long.
+
+Only passes that learn use this file; it needs torch when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.errors import MissingExtra, PassRefused
+from qcompiler.formats.fit import quantize
+from qcompiler.graph.sites import Site, find_sites
+from qcompiler.measure.loss import Kind
+from qcompiler.measure.segments import Segment
+from qcompiler.model import Model
+from qcompiler.passes.round.streams import Streams, calibration_feeds
+from qcompiler.pipeline import PassReport
+from qcompiler.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcompiler.passes.round.tuned_twin import TunedTwin
+
+
+@dataclass(frozen=True)
+class Method:
+    """What differs between the methods.
+
+    Attributes:
+        codes: "straight" or "soft" (see `learned_codes`).
+        optimizer: "adam", or "sign": every parameter moves by its rate against the sign of its gradient.
+        code_rate, scale_rate, bias_rate: at the first step, in steps of the grid (of AdaRound's variable), relative to
+            the scales, in units of the outputs; 0: not learned.
+        falling: whether the rates fall to 0 along a line.
+        steps: for each segment.
+        batch: samples a step.
+        warm: share of the steps before soft codes are pressed to whole numbers.
+        seed: of the order of samples.
+    """
+
+    codes: Literal["straight", "soft"]
+    optimizer: Literal["adam", "sign"]
+    code_rate: float
+    scale_rate: float
+    bias_rate: float
+    falling: bool
+    steps: int
+    batch: int
+    warm: float = 0.2
+    seed: int = 0
+
+
+def reconstruct(
+    model: Model, method: Method, samples: int, tokens: int, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Learn `model.weights` of all planned sites, segment by segment, from the nearest codes where there are none.
+
+    A segment keeps what it began with unless its error on samples that are held back becomes smaller.
+
+    Args:
+        model: float graph with a plan and calibration data.
+        method: how.
+        samples: of the calibration data, at most.
+        tokens: for integer inputs, no more samples than hold about this many.
+        progress: shows how far and how long.
+
+    Returns:
+        By the name of a segment's first site: "before" and "after", its loss on the samples held back, and "sites".
+    """
+    streams = Streams(model, calibration_feeds(model, samples, tokens))
+    errors: dict[str, dict[str, float]] = {}
+    for segment in progress.track(list(streams.segments), "Reconstructing"):
+        sites = [site for site in segment.sites if _is_planned(model, site)]
+        for site in sites:
+            if site.name not in model.weights:
+                spec = model.plan.sites[site.name].weight
+                assert spec is not None
+                model.weights[site.name] = quantize(site.matrix(), spec)
+        if any(site.activation is not None for site in sites):
+            errors[sites[0].name] = _learn(model, streams, segment, sites, method)
+        for site in sites:
+            streams.replace(site, site.from_matrix(model.weights[site.name].decode()))
+        streams.advance(segment)
+    return errors
+
+
+def require(model: Model, name: str) -> None:
+    """Refuse a model without a plan or data, or one that is lowered; say what to install."""
+    if model.lowered:
+        raise PassRefused("the model is lowered already", where=model.name)
+    if model.calibration is None:
+        raise PassRefused(f"{name} needs calibration data", where=model.name, fix="give data, or use 'nearest'")
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtra("torch", name)
+
+
+def report(name: str, errors: dict[str, dict[str, float]]) -> PassReport:
+    """What a pass says of `reconstruct`."""
+    changed = sum(int(found["sites"]) for found in errors.values() if found["after"] < found["before"])
+    return PassReport(name, changed, metrics={"segments": errors})
+
+
+def _is_planned(model: Model, site: Site) -> bool:
+    plan = model.plan.sites.get(site.name)
+    return plan is not None and plan.weight is not None
+
+
+def _learn(model: Model, streams: Streams, segment: Segment, sites: Sequence[Site], method: Method) -> dict[str, float]:
+    """One segment."""
+    from qcompiler.passes.round.tuned_twin import TunedTwin
+
+    part, names = _part(model, streams, segment, sites)
+    lesson = _Lesson(model, streams, segment)
+    start, before = dict(part.weights), lesson.error(TunedTwin(part, ()))
+    twin = TunedTwin(part, (), method.codes)
+    _descend(twin, lesson, method)
+    twin.commit(part)
+    after = lesson.error(TunedTwin(part, ()))
+    if after < before:
+        model.bias_shift |= {names[name]: shift for name, shift in part.bias_shift.items()}
+    else:
+        part.weights = start
+    model.weights |= {names[name]: tensor for name, tensor in part.weights.items()}
+    return {"before": before, "after": min(before, after), "sites": float(len(sites))}
+
+
+class _Lesson:
+    """What goes into a segment when all before it is rounded, and what should come out.
+
+    Attributes:
+        learned: samples to learn from.
+        judged: samples to judge by, the last eighth; the same where there are too few.
+    """
+
+    def __init__(self, model: Model, streams: Streams, segment: Segment) -> None:
+        self._feeds = streams.rounded
+        held = len(self._feeds) // 8
+        self.learned = range(len(self._feeds) - held)
+        self.judged = range(len(self._feeds) - held, len(self._feeds)) if held else self.learned
+        names = made_for_later(segment)
+        final = {value.name for value in model.graph.outputs}
+        self._kinds: list[Kind | None] = [None if name in final else "values" for name in names]
+        self._wanted = [[found[name] for name in names] for found in map(segment.run, streams.exact)]
+
+    def loss(self, twin: TunedTwin, index: int) -> torch.Tensor:
+        """Of one sample."""
+        from qcompiler.passes.round.distance import distance
+
+        return distance(twin.outputs(self._feeds[index]), self._wanted[index], self._kinds)
+
+    def error(self, twin: TunedTwin) -> float:
+        """Mean loss of the samples to judge by."""
+        import torch
+
+        with torch.no_grad(), twin.step():
+            return float(np.mean([self.loss(twin, index).item() for index in self.judged]))
+
+
+def made_for_later(segment: Segment) -> list[str]:
+    """The values of the next boundary that the segment itself makes."""
+    return [name for name in segment.after if name in segment.made]
+
+
+def _part(model: Model, streams: Streams, segment: Segment, sites: Sequence[Site]) -> tuple[Model, dict[str, str]]:
+    """The segment as a model of its own, and the names that its sites have in the whole one."""
+    graph = ir.convenience.extract(model.graph, list(segment.inputs), made_for_later(segment))
+    functions = [function.clone() for function in model.ir.functions.values()]
+    part = Model(ir.Model(graph, ir_version=model.ir.ir_version, functions=functions), model.name)
+    mine = {str(site.weight.name): site.name for site in sites}
+    for name, array in streams.replaced.items():  # rounded with an earlier segment
+        if name in graph.initializers and name not in mine:
+            graph.initializers[name].const_value = ir.tensor(np.asarray(array), name=name)
+    names = {s.name: mine[str(s.weight.name)] for s in find_sites(part.ir) if str(s.weight.name) in mine}
+    part.weights = {own: model.weights[name] for own, name in names.items()}
+    part.bias_shift = {own: model.bias_shift[name] for own, name in names.items() if name in model.bias_shift}
+    return part, names
+
+
+def _descend(twin: TunedTwin, lesson: _Lesson, method: Method) -> None:
+    """The steps of a method on one segment."""
+    import torch
+
+    rates = {"code": method.code_rate, "scale": method.scale_rate, "bias": method.bias_rate}
+    learned = {kind: found for kind, found in twin.parameters().items() if rates.get(kind)}
+    for parameter in chain.from_iterable(learned.values()):
+        parameter.requires_grad = True
+    groups = [{"params": found, "lr": rates[kind]} for kind, found in learned.items()]
+    sign = method.optimizer == "sign"
+    optimizer = torch.optim.SGD(groups) if sign else torch.optim.Adam(groups)
+    rng = np.random.default_rng(method.seed)
+    for number in range(method.steps):
+        share = number / method.steps
+        for group, kind in zip(optimizer.param_groups, learned, strict=True):
+            group["lr"] = rates[kind] * ((1 - share) if method.falling else 1.0)
+        for weight in twin.weights.values():
+            weight.press(max(0.0, (share - method.warm) / (1 - method.warm)))
+        optimizer.zero_grad()
+        chosen = rng.choice(len(lesson.learned), min(method.batch, len(lesson.learned)), replace=False)
+        with twin.step():
+            for index in chosen:
+                (lesson.loss(twin, int(index)) / len(chosen)).backward()
+        if sign:
+            for parameter in chain.from_iterable(learned.values()):
+                if parameter.grad is not None:
+                    parameter.grad.sign_()
+        optimizer.step()
