@@ -137,7 +137,10 @@ class Pipeline:
         if asked and not any("effort" in table for table in tables):
             what = "no pass of this pipeline depends on the effort"
             raise BadOption(what, "--effort", f'drop it, or give a pass of {where} an entry such as effort = "high"')
-        return Pipeline([_build(table, where) for table in tables if effort in _efforts(table, where)])
+        chosen = [table for table in tables if effort in _efforts(table, where)]
+        if tables and not chosen:
+            raise BadOption(f"no pass is there for effort '{effort}'", where, "run it with another --effort")
+        return Pipeline([_build(table, where) for table in chosen])
 
     @staticmethod
     def load(path: Path, effort: str = "default", *, asked: bool = False) -> Pipeline:
@@ -146,6 +149,21 @@ class Pipeline:
             return Pipeline.from_toml(path.read_text("utf-8"), str(path), effort, asked=asked)
         except (OSError, UnicodeDecodeError) as error:
             raise BadOption(f"cannot be read ({error})", where=str(path)) from error
+
+
+def check_numbers(item: Pass, positive: Sequence[str], rates: Sequence[str] = ()) -> None:
+    """Raise BadOption for options of a pass that are no such numbers.
+
+    Args:
+        item: the pass.
+        positive: names of options that are 1 or more.
+        rates: names of options that are 0 or more, and finite.
+    """
+    for name in (*positive, *rates):
+        value = getattr(item, name)
+        if not (value >= 1 if name in positive else 0 <= value < float("inf")):
+            fix = "give 1 or more" if name in positive else "give 0 or more"
+            raise BadOption(f"option '{name}' is {value}", f"pass '{item.registered_name()}'", fix)
 
 
 def _timed(report: PassReport, seconds: float) -> PassReport:

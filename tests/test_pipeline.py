@@ -93,6 +93,11 @@ def test_unknown_efforts_are_named(value: str) -> None:
         Pipeline.from_toml(f"[[pass]]\nname = 'nearest'\neffort = {value}", "here")
 
 
+def test_an_effort_that_leaves_no_pass_is_refused() -> None:
+    with pytest.raises(BadOption, match="no pass is there for effort 'default'"):
+        Pipeline.from_toml("[[pass]]\nname = 'nearest'\neffort = 'low'", "here")
+
+
 def test_an_effort_that_makes_no_difference_is_refused() -> None:
     with pytest.raises(BadOption, match="no pass of this pipeline depends on the effort"):
         Pipeline.from_toml("[[pass]]\nname = 'nearest'", "here", "low", asked=True)

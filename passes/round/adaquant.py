@@ -39,8 +39,8 @@ class AdaQuant(Pass):
     seed: int = 0
 
     def requires(self, model: Model) -> None:
-        """Refuse a model without a plan or data, or one that is lowered; say what to install."""
-        require(model, "AdaQuant")
+        """Refuse wrong options, a model without data, or one that is lowered; say what to install."""
+        require(self, model, ("rate", "scale_rate", "bias_rate"))
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.weights` and `model.bias_shift`; metrics hold each segment's error before and after."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompiler.errors import BadOption
 from qcompiler.model import Model
 from qcompiler.passes.round.reconstruction import Method, reconstruct, report, require
 from qcompiler.pipeline import Pass, PassReport
@@ -36,8 +37,10 @@ class AdaRound(Pass):
     seed: int = 0
 
     def requires(self, model: Model) -> None:
-        """Refuse a model without a plan or data, or one that is lowered; say what to install."""
-        require(model, "AdaRound")
+        """Refuse wrong options, a model without data, or one that is lowered; say what to install."""
+        require(self, model, ("rate", "warm"))
+        if self.warm >= 1:
+            raise BadOption(f"option 'warm' is {self.warm}", "pass 'adaround'", "give less than 1, such as 0.2")
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.weights`; metrics hold each segment's error before and after."""

@@ -35,8 +35,8 @@ class AutoRound(Pass):
     seed: int = 0
 
     def requires(self, model: Model) -> None:
-        """Refuse a model without a plan or data, or one that is lowered; say what to install."""
-        require(model, "AutoRound")
+        """Refuse wrong options, a model without data, or one that is lowered; say what to install."""
+        require(self, model, ("rate",))
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.weights`; metrics hold each segment's error before and after."""

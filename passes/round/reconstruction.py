@@ -25,7 +25,7 @@ from qcompiler.measure.loss import Kind
 from qcompiler.measure.segments import Segment
 from qcompiler.model import Model
 from qcompiler.passes.round.streams import Streams, calibration_feeds
-from qcompiler.pipeline import PassReport
+from qcompiler.pipeline import Pass, PassReport, check_numbers
 from qcompiler.progress import Progress
 
 if TYPE_CHECKING:
@@ -96,14 +96,22 @@ def reconstruct(
     return errors
 
 
-def require(model: Model, name: str) -> None:
-    """Refuse a model without a plan or data, or one that is lowered; say what to install."""
+def require(item: Pass, model: Model, rates: Sequence[str]) -> None:
+    """Refuse wrong options, a model without data, or one that is lowered; say what to install.
+
+    Args:
+        item: the pass, with `steps`, `batch`, `samples`, `tokens` and `seed`.
+        model: that it is to run on.
+        rates: its other options that are 0 or more.
+    """
+    check_numbers(item, ("steps", "batch", "samples", "tokens"), ("seed", *rates))
+    name = item.registered_name()
     if model.lowered:
         raise PassRefused("the model is lowered already", where=model.name)
     if model.calibration is None:
-        raise PassRefused(f"{name} needs calibration data", where=model.name, fix="give data, or use 'nearest'")
+        raise PassRefused(f"'{name}' needs calibration data", where=model.name, fix="give data, or use 'nearest'")
     if importlib.util.find_spec("torch") is None:
-        raise MissingExtra("torch", name)
+        raise MissingExtra("torch", f"the pass '{name}'")
 
 
 def report(name: str, errors: dict[str, dict[str, float]]) -> PassReport:
@@ -210,7 +218,10 @@ def _descend(twin: TunedTwin, lesson: _Lesson, method: Method) -> None:
         chosen = rng.choice(len(lesson.learned), min(method.batch, len(lesson.learned)), replace=False)
         with twin.step():
             for index in chosen:
-                (lesson.loss(twin, int(index)) / len(chosen)).backward()
+                loss = lesson.loss(twin, int(index)) / len(chosen)
+                if not loss.requires_grad:  # no output is a float that depends on what is learned
+                    return
+                loss.backward()
         if sign:
             for parameter in chain.from_iterable(learned.values()):
                 if parameter.grad is not None:

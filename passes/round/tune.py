@@ -25,7 +25,7 @@ from qcompiler.model import Model
 from qcompiler.passes.round.quantized_values import Target, choose_values
 from qcompiler.passes.round.streams import calibration_feeds
 from qcompiler.passes.round.teacher import Teacher
-from qcompiler.pipeline import Pass, PassReport, Refusal
+from qcompiler.pipeline import Pass, PassReport, Refusal, check_numbers
 from qcompiler.progress import Progress
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ class Tune(Pass):
 
     def requires(self, model: Model) -> None:
         """Refuse a model that is lowered, not rounded, or without data; say what to install."""
+        check_numbers(
+            self,
+            ("epochs", "samples", "tokens", "batch"),
+            ("range_rate", "scale_rate", "code_rate", "bias_rate", "seed"),
+        )
         if model.lowered:
             raise PassRefused("the model is lowered already", where=model.name)
         if not self.optional and not model.weights and not model.ranges:
@@ -156,6 +161,8 @@ class Tune(Pass):
                 for index in step:
                     sample = train[int(index)]
                     loss = distance(twin.outputs(feeds[sample]), teacher[sample]) / len(step)
+                    if not loss.requires_grad:  # no output is a float that depends on what is learned
+                        return
                     loss.backward()
             adam.step()
             if number % -(-len(steps) // self.epochs) == 0 or number == len(steps):

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from qcompiler.errors import BadModel
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.fx_twin import fx_twin
 from qcompiler.measure.segments import Segments
@@ -155,6 +156,8 @@ class TunedTwin:
 
     def _add_grid(self, target: Target, value: ir.Value | None, ranges: Mapping[str, StaticRange]) -> None:
         name = str(target.value.name)
+        if not np.isfinite((ranges[name].low, ranges[name].high)).all():
+            raise BadModel(f"the range of '{name}' is infinite, and so has no gradient", name, "repair the data")
         like = None if target.like is None else str(target.like.name)
         self.grids[name] = Grid(target, ranges[name]) if like is None else self.grids[like]
         producer = None if value is None else value.producer()

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
-from qcompiler.errors import MissingExtra, PassRefused
+from qcompiler.errors import BadOption, MissingExtra, PassRefused
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
@@ -19,9 +20,10 @@ from qcompiler.passes.round.adaround import AdaRound
 from qcompiler.passes.round.autoround import AutoRound
 from qcompiler.passes.round.gptq import GPTQ
 from qcompiler.passes.round.nearest import Nearest
+from qcompiler.passes.round.tune import Tune
 from qcompiler.pipeline import Pass
 from qcompiler.progress import Silent
-from tests.passes.round.small_models import cnn, mlp, planned
+from tests.passes.round.small_models import build, cnn, mlp, planned
 
 torch = pytest.importorskip("torch")
 METHODS: list[Pass] = [AdaRound(steps=120, rate=3e-2), AdaQuant(steps=60, rate=1e-2), AutoRound(steps=60)]
@@ -117,3 +119,30 @@ def test_refusals(method: Pass, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="torch"):
         method.requires(mlp())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=names)
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"samples": -3}, {"rate": -1.0}, {"rate": float("nan")},
+                                   {"rate": float("inf")}, {"seed": -1}], ids=str)  # fmt: skip
+def test_wrong_options_are_named(method: Pass, wrong: dict[str, Any]) -> None:
+    with pytest.raises(BadOption, match=f"option '{next(iter(wrong))}'"):
+        replace(method, **wrong).requires(mlp())
+
+
+def test_adaround_needs_time_behind_its_warm_up() -> None:
+    with pytest.raises(BadOption, match="option 'warm'"):
+        AdaRound(warm=1.0).requires(mlp())
+
+
+@pytest.mark.parametrize("method", [*METHODS, Tune(epochs=1)], ids=[*names, "tune"])
+def test_outputs_without_gradients_change_nothing(method: Pass) -> None:
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((12, 10)).astype(np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], name="fc"), helper.make_node("ArgMax", ["h"], ["a"], axis=1),
+             helper.make_node("Cast", ["a"], ["y"], to=TensorProto.FLOAT)]  # fmt: skip
+    data = {"x": rng.standard_normal((16, 12)).astype(np.float32)}
+    model = planned(build(nodes, weights, {"x": ["n", 12]}, ["y"], data), "int3-sym-channel-fp32")
+    Nearest().run(model, Silent())
+    codes = model.weights["fc"].codes.copy()
+    assert method.run(model, Silent()).changed == 0
+    np.testing.assert_array_equal(model.weights["fc"].codes, codes)

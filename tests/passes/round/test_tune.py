@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompiler.errors import MissingExtra, PassRefused
+from qcompiler.errors import BadModel, BadOption, MissingExtra, PassRefused
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model, StaticRange
@@ -133,6 +133,23 @@ def test_without_torch_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     report = Tune(optional=True).run(model, Silent())
     assert report.changed == 0
     assert "torch" in report.refused[0].reason
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"batch": 0}, {"samples": -3}, {"tokens": 0}, {"scale_rate": float("nan")}, {"seed": -1}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_options_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BadOption, match=f"option '{next(iter(wrong))}'"):
+        replace(Tune(), **wrong).requires(rounded())
+
+
+def test_an_infinite_range_is_refused() -> None:
+    pytest.importorskip("torch")
+    model = rounded()
+    model.ranges[next(iter(model.ranges))] = StaticRange(float("inf"), 3)
+    with pytest.raises(BadModel, match="infinite"):
+        Tune().run(model, Silent())
 
 
 def test_refusals() -> None:
