@@ -200,6 +200,8 @@ def _descend(twin: TunedTwin, lesson: _Lesson, method: Method) -> None:
     """The steps of a method on one segment."""
     import torch
 
+    from qcompiler.passes.round.distance import can_step
+
     rates = {"code": method.code_rate, "scale": method.scale_rate, "bias": method.bias_rate}
     learned = {kind: found for kind, found in twin.parameters().items() if rates.get(kind)}
     for parameter in chain.from_iterable(learned.values()):
@@ -222,6 +224,8 @@ def _descend(twin: TunedTwin, lesson: _Lesson, method: Method) -> None:
                 if not loss.requires_grad:  # no output is a float that depends on what is learned
                     return
                 loss.backward()
+        if not can_step(chain.from_iterable(learned.values())):
+            return
         if sign:
             for parameter in chain.from_iterable(learned.values()):
                 if parameter.grad is not None:

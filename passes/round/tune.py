@@ -137,7 +137,7 @@ class Tune(Pass):
     ) -> None:
         import torch
 
-        from qcompiler.passes.round.distance import distance
+        from qcompiler.passes.round.distance import can_step, distance
         from qcompiler.passes.round.training_state import TrainingState
 
         rates = {"range": self.range_rate, "scale": self.scale_rate, "code": self.code_rate, "bias": self.bias_rate}
@@ -164,6 +164,8 @@ class Tune(Pass):
                     if not loss.requires_grad:  # no output is a float that depends on what is learned
                         return
                     loss.backward()
+            if not can_step(chain.from_iterable(learned.values())):
+                return
             adam.step()
             if number % -(-len(steps) // self.epochs) == 0 or number == len(steps):
                 state.save(number)
