@@ -104,10 +104,14 @@ class Tune(Pass):
             return self._nothing(model, "too few samples to hold some back")
         try:
             twin = TunedTwin(model, _targets(model), codes="straight" if self.code_rate > 0 else "fixed")
+            return self._tuned(model, twin, feeds, progress)
         except BadModel as error:
             if not self.optional:
                 raise
             return self._nothing(model, str(error))
+
+    def _tuned(self, model: Model, twin: TunedTwin, feeds: Sequence[Feed], progress: Progress) -> PassReport:
+        """Learn, and keep what is better on the samples held back."""
         if not twin.parameters():
             return self._nothing(model, "nothing is quantized")
         teacher = Teacher(model, feeds)

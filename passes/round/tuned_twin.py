@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from qcompiler.capture.normalize import root_cause
 from qcompiler.errors import BadModel
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.fx_twin import fx_twin
@@ -126,9 +127,18 @@ class TunedTwin:
             weight.collect()
 
     def outputs(self, feed: Mapping[str, npt.NDArray[Any]]) -> tuple[torch.Tensor, ...]:
-        """The graph's outputs for a batch of its inputs by name; inside `step` only."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._narrow):
-            return self.module(*(torch.from_numpy(np.asarray(feed[name])) for name in self._inputs))
+        """The graph's outputs for a batch of its inputs by name; inside `step` only.
+
+        Raises:
+            BadModel: an operation has no differentiable form with these inputs or attributes.
+        """
+        inputs = [torch.from_numpy(np.asarray(feed[name])) for name in self._inputs]
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._narrow):
+                return self.module(*inputs)
+        except (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError) as error:
+            what = f"its differentiable form does not run ({root_cause(error)})"
+            raise BadModel(what, fix="use passes without gradients, or --effort low") from error
 
     def commit(self, model: Model) -> None:
         """Write what was learned to the side tables of the model."""

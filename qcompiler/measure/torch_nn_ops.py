@@ -189,9 +189,11 @@ def attention(
     softcap: float = 0.0,
     q_num_heads: int = 0,
     kv_num_heads: int = 0,
+    qk_matmul_output_mode: int = 0,
+    softmax_precision: int = 1,
     **unsupported: Any,
 ) -> Tensor:
-    """Attention without cache."""
+    """Attention without cache, its first output; the mode is of another one, and the softmax is precise enough."""
     if unsupported or softcap:
         raise ValueError(f"Attention with {', '.join(unsupported) or 'softcap'}")
     flat = q.ndim == 3

@@ -144,6 +144,22 @@ def test_wrong_options_are_named(wrong: dict[str, Any]) -> None:
         replace(Tune(), **wrong).requires(rounded())
 
 
+def test_an_operation_that_has_no_gradient_with_these_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from qcompiler.measure import torch_ops
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ValueError("Flatten with five axes")
+
+    monkeypatch.setitem(torch_ops.OPS, "Flatten", fails)
+    model = rounded()
+    with pytest.raises(BadModel, match="Flatten with five axes"):
+        Tune(epochs=1).run(model, Silent())
+    report = Tune(epochs=1, optional=True).run(model, Silent())
+    assert report.changed == 0
+    assert "Flatten with five axes" in report.refused[0].reason
+
+
 def test_an_infinite_range_is_refused() -> None:
     pytest.importorskip("torch")
     model = rounded()
