@@ -30,6 +30,7 @@ TORCH_FILES = (
     "distance.py",
     "training_state.py",
     "learned_codes.py",
+    "descent.py",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -5,7 +5,7 @@ Only passes that learn import this file, since it needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,6 @@ def distance(
         else:
             total = total + _divergence(output, goal)
     return total
-
-
-def can_step(parameters: Iterable[torch.nn.Parameter]) -> bool:
-    """Whether gradients are there and finite: outputs that hold infinity (a mask) give none to learn from."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return bool(gradients) and all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def _divergence(output: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from qcompiler.formats import Int, PerTensor, QTensor, UInt, round_scale
 from qcompiler.formats.base import Floats, row_parts, spread_rows
 from qcompiler.graph.sites import Site
-from qcompiler.passes.round.learned_codes import SoftCodes, StraightCodes
+from qcompiler.passes.round.learned_codes import LearnedCodes, SoftCodes, StraightCodes
 
 Codes = Literal["fixed", "straight", "soft"]
 
@@ -41,7 +41,7 @@ class LearnedWeight:
     def __init__(self, site: Site, tensor: QTensor, parameter: torch.nn.Parameter, codes: Codes) -> None:
         self._site, self._tensor, self._parameter = site, tensor, parameter
         self.factor = torch.nn.Parameter(torch.zeros(tensor.scale.shape))
-        self.codes: StraightCodes | SoftCodes | None = None
+        self.codes: LearnedCodes | None = None
         if codes != "fixed" and isinstance(tensor.spec.format, Int | UInt):
             kind = StraightCodes if codes == "straight" else SoftCodes
             self.codes = kind(self._exact(tensor.spec.format.middle), tensor.codes, tensor.spec.format.code_range)

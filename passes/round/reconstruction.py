@@ -10,10 +10,10 @@ Only passes that learn use this file; it needs torch when it runs.
 from __future__ import annotations
 
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -96,28 +96,46 @@ def reconstruct(
     return errors
 
 
-def require(item: Pass, model: Model, rates: Sequence[str]) -> None:
-    """Refuse wrong options, a model without data, or one that is lowered; say what to install.
+@dataclass(frozen=True)
+class Reconstruction(Pass):
+    """A pass that is a choice of `Method`.
 
-    Args:
-        item: the pass, with `steps`, `batch`, `samples`, `tokens` and `seed`.
-        model: that it is to run on.
-        rates: its other options that are 0 or more.
+    Attributes:
+        steps: for each segment.
+        batch: samples a step.
+        samples: of the calibration data, at most.
+        tokens: for models of integer inputs, stop after about this many.
+        seed: of the order of samples.
     """
-    check_numbers(item, ("steps", "batch", "samples", "tokens"), ("seed", *rates))
-    name = item.registered_name()
-    if model.lowered:
-        raise PassRefused("the model is lowered already", where=model.name)
-    if model.calibration is None:
-        raise PassRefused(f"'{name}' needs calibration data", where=model.name, fix="give data, or use 'nearest'")
-    if importlib.util.find_spec("torch") is None:
-        raise MissingExtra("torch", f"the pass '{name}'")
 
+    rates: ClassVar[tuple[str, ...]] = ("rate",)
+    steps: int = 200
+    batch: int = 8
+    samples: int = 128
+    tokens: int = 8192
+    seed: int = 0
 
-def report(name: str, errors: dict[str, dict[str, float]]) -> PassReport:
-    """What a pass says of `reconstruct`."""
-    changed = sum(int(found["sites"]) for found in errors.values() if found["after"] < found["before"])
-    return PassReport(name, changed, metrics={"segments": errors})
+    @property
+    @abstractmethod
+    def method(self) -> Method:
+        """What its options mean to the engine."""
+
+    def requires(self, model: Model) -> None:
+        """Refuse wrong options, a model without data, or one that is lowered; say what to install."""
+        check_numbers(self, ("steps", "batch", "samples", "tokens"), ("seed", *self.rates))
+        name = self.registered_name()
+        if model.lowered:
+            raise PassRefused("the model is lowered already", where=model.name)
+        if model.calibration is None:
+            raise PassRefused(f"'{name}' needs calibration data", where=model.name, fix="give data, or use 'nearest'")
+        if importlib.util.find_spec("torch") is None:
+            raise MissingExtra("torch", f"the pass '{name}'")
+
+    def run(self, model: Model, progress: Progress) -> PassReport:
+        """Fill `model.weights` (and `model.bias_shift`); metrics hold each segment's error before and after."""
+        errors = reconstruct(model, self.method, self.samples, self.tokens, progress)
+        changed = sum(int(found["sites"]) for found in errors.values() if found["after"] < found["before"])
+        return PassReport(self.registered_name(), changed, metrics={"segments": errors})
 
 
 def _is_planned(model: Model, site: Site) -> bool:
@@ -198,36 +216,17 @@ def _part(model: Model, streams: Streams, segment: Segment, sites: Sequence[Site
 
 def _descend(twin: TunedTwin, lesson: _Lesson, method: Method) -> None:
     """The steps of a method on one segment."""
-    import torch
-
-    from qcompiler.passes.round.distance import can_step
+    from qcompiler.passes.round.descent import Descent
 
     rates = {"code": method.code_rate, "scale": method.scale_rate, "bias": method.bias_rate}
-    learned = {kind: found for kind, found in twin.parameters().items() if rates.get(kind)}
-    for parameter in chain.from_iterable(learned.values()):
-        parameter.requires_grad = True
-    groups = [{"params": found, "lr": rates[kind]} for kind, found in learned.items()]
-    sign = method.optimizer == "sign"
-    optimizer = torch.optim.SGD(groups) if sign else torch.optim.Adam(groups)
+    descent = Descent(twin, rates, sign=method.optimizer == "sign")
     rng = np.random.default_rng(method.seed)
     for number in range(method.steps):
         share = number / method.steps
-        for group, kind in zip(optimizer.param_groups, learned, strict=True):
-            group["lr"] = rates[kind] * ((1 - share) if method.falling else 1.0)
         for weight in twin.weights.values():
             weight.press(max(0.0, (share - method.warm) / (1 - method.warm)))
-        optimizer.zero_grad()
-        chosen = rng.choice(len(lesson.learned), min(method.batch, len(lesson.learned)), replace=False)
-        with twin.step():
-            for index in chosen:
-                loss = lesson.loss(twin, int(index)) / len(chosen)
-                if not loss.requires_grad:  # no output is a float that depends on what is learned
-                    return
-                loss.backward()
-        if not can_step(chain.from_iterable(learned.values())):
+        chosen = rng.choice(lesson.learned, min(method.batch, len(lesson.learned)), replace=False)
+        if not descent.step(
+            lambda index: lesson.loss(twin, index), chosen.tolist(), 1 - share if method.falling else 1.0
+        ):
             return
-        if sign:
-            for parameter in chain.from_iterable(learned.values()):
-                if parameter.grad is not None:
-                    parameter.grad.sign_()
-        optimizer.step()

@@ -23,7 +23,7 @@ class TrainingState:
         settings: all else that the result depends on, as text.
     """
 
-    def __init__(self, model: Model, adam: torch.optim.Adam, settings: str) -> None:
+    def __init__(self, model: Model, adam: torch.optim.Optimizer, settings: str) -> None:
         tables = [[name, q.spec, q.codes, q.scale, q.zero] for name, q in sorted(model.weights.items())]
         tables += [[name, found] for name, found in sorted(model.ranges.items())]
         tables += [[name, found] for name, found in sorted(model.bias_shift.items())]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,38 +138,24 @@ class Tune(Pass):
         train: Sequence[int],
         progress: Progress,
     ) -> None:
-        import torch
-
-        from qcompiler.passes.round.distance import can_step, distance
+        from qcompiler.passes.round.descent import Descent
+        from qcompiler.passes.round.distance import distance
         from qcompiler.passes.round.training_state import TrainingState
 
         rates = {"range": self.range_rate, "scale": self.scale_rate, "code": self.code_rate, "bias": self.bias_rate}
-        learned = {kind: found for kind, found in twin.parameters().items() if rates[kind]}
-        if not learned:
+        descent = Descent(twin, rates, averages=_DECAY)
+        if descent.optimizer is None:
             return
-        for parameter in chain.from_iterable(learned.values()):
-            parameter.requires_grad = True
-        groups = [{"params": found, "lr": rates[kind]} for kind, found in learned.items()]
-        adam = torch.optim.Adam(groups, betas=_DECAY)
         rng = np.random.default_rng(self.seed)
-        order = np.concatenate([rng.permutation(len(train)) for _ in range(self.epochs)])
+        order = np.concatenate([rng.permutation(train) for _ in range(self.epochs)])
         steps = np.array_split(order, -(-len(order) // self.batch))
-        state = TrainingState(model, adam, repr(self))
+        state = TrainingState(model, descent.optimizer, repr(self))
         done = state.load()
+        loss = lambda sample: distance(twin.outputs(feeds[sample]), teacher[sample])  # noqa: E731
         for number, step in enumerate(progress.track(steps[done:], "Tuning"), done + 1):
-            for group, kind in zip(adam.param_groups, learned, strict=True):
-                group["lr"] = rates[kind] * min(1.0, number / _WARM) * (1 - (number - 1) / len(steps))
-            adam.zero_grad()
-            with twin.step():
-                for index in step:
-                    sample = train[int(index)]
-                    loss = distance(twin.outputs(feeds[sample]), teacher[sample]) / len(step)
-                    if not loss.requires_grad:  # no output is a float that depends on what is learned
-                        return
-                    loss.backward()
-            if not can_step(chain.from_iterable(learned.values())):
+            share = min(1.0, number / _WARM) * (1 - (number - 1) / len(steps))
+            if not descent.step(loss, step.tolist(), share):
                 return
-            adam.step()
             if number % -(-len(steps) // self.epochs) == 0 or number == len(steps):
                 state.save(number)
 

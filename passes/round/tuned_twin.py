@@ -1,8 +1,8 @@
 """A quantized model as a differentiable twin whose weights, activation ranges and biases can be learned.
 
-Only `tune` imports this file, since it needs torch. Activation grids pass gradients straight through their rounding;
-the ends of a grid get the gradients of LSQ (Esser et al., "Learned Step Size Quantization", 2020) with a zero
-point (Bhalgat et al., "LSQ+", 2020).
+Only passes that learn import this file when they run, since it needs torch. Activation grids pass gradients straight
+through their rounding; the ends of a grid get the gradients of LSQ (Esser et al., "Learned Step Size Quantization",
+2020) with a zero point (Bhalgat et al., "LSQ+", 2020).
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class TunedTwin:
             low, high = (end.detach().item() for end in grid.found())
             model.ranges[name] = grid.target.grid(low, high)
         for name, shift in self.shifts.items():
-            model.bias_shift[name] = shift.value.detach().numpy().copy()
+            if name in model.bias_shift or shift.value.any():  # no zeros where no bias was learned
+                model.bias_shift[name] = shift.value.detach().numpy().copy()
         for name, weight in self.weights.items():
             model.weights[name] = weight.result()
 
