@@ -18,6 +18,7 @@ PASSES: dict[str, str] = {
     "equalize-activations": "qcompiler.passes.transform.equalize_activations:EqualizeActivations",
     "rotate": "qcompiler.passes.transform.rotate:Rotate",
     "smooth": "qcompiler.passes.transform.smooth:Smooth",
+    "awq": "qcompiler.passes.transform.awq:AWQ",
     "scale-fold": "qcompiler.passes.transform.scale_fold:ScaleFold",
     "equalize": "qcompiler.passes.transform.equalize:Equalize",
     "split-panels": "qcompiler.passes.transform.split_panels:SplitPanels",

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import BadOption, PassRefused, Refusal
+from qcompiler.formats import QuantSpec, parse_spec
 from qcompiler.graph.folds import Fold, find_fold
-from qcompiler.graph.sites import find_sites
+from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.statistics import channel_statistics
 from qcompiler.measure.stream import activations, calibration_of
 from qcompiler.model import Model
@@ -38,6 +39,31 @@ def layer_inputs(model: Model) -> dict[ir.Value, int]:
         axis = 1 if site.op in ("Conv", "ConvTranspose") else -1
         found |= {value: axis for value in site.activations if value not in found}
     return found
+
+
+def weight_specs(model: Model, spec: str, where: str) -> dict[Site, QuantSpec]:
+    """In which format each weight will be stored: that of the plan, or one for all where there is no plan yet.
+
+    Args:
+        model: float.
+        spec: a format, such as "int4-sym-g64-fp16"; empty: the plan says it.
+        where: who asks, for messages.
+
+    Raises:
+        BadOption: both or none of them say it, or the format does not exist.
+    """
+    if bool(spec) == bool(model.plan.sites):
+        what = "there is a plan, which says the formats" if spec else "neither a plan nor an option says the format"
+        fix = (
+            "drop the option 'spec'"
+            if spec
+            else 'put it behind the plan, or give it an option such as spec = "int4-g64"'
+        )
+        raise BadOption(what, where, fix)
+    if spec:
+        return {site: parse_spec(spec) for site in find_sites(model.ir) if site.op != "Gather"}
+    plans = ((site, model.plan.sites.get(site.name)) for site in find_sites(model.ir))
+    return {site: plan.weight for site, plan in plans if plan is not None and plan.weight is not None}
 
 
 def after_norm(fold: Fold) -> str | None:

@@ -23,6 +23,7 @@ class ChannelStats:
 
     Attributes:
         low, high, absmax, mean: float64 [channels].
+        magnitude: float64 [channels], mean of |x|.
         count: elements seen in each channel.
     """
 
@@ -30,6 +31,7 @@ class ChannelStats:
     high: Floats
     absmax: Floats
     mean: Floats
+    magnitude: Floats
     count: int
 
 
@@ -94,7 +96,7 @@ def channel_statistics(
                 found[name] = _merge(found[name], new) if name in found else new
         return found
 
-    return _cached(model, ("channels", list(axes.items()), limit), ChannelStats, measure)
+    return _cached(model, ("channel statistics", list(axes.items()), limit), ChannelStats, measure)
 
 
 def histograms(
@@ -127,7 +129,8 @@ def _reduce(array: Array, axis: int) -> ChannelStats:
     flat = wide.reshape(-1, wide.shape[-1])
     low, high = flat.min(0).astype(np.float64), flat.max(0).astype(np.float64)
     mean = flat.mean(0, dtype=np.float64)
-    return ChannelStats(low, high, np.maximum(-low, high), mean, flat.shape[0])
+    magnitude = np.abs(flat).mean(0, dtype=np.float64)
+    return ChannelStats(low, high, np.maximum(-low, high), mean, magnitude, flat.shape[0])
 
 
 def _merge(a: ChannelStats, b: ChannelStats) -> ChannelStats:
@@ -137,6 +140,7 @@ def _merge(a: ChannelStats, b: ChannelStats) -> ChannelStats:
         np.maximum(a.high, b.high),
         np.maximum(a.absmax, b.absmax),
         a.mean + (b.mean - a.mean) * (b.count / count),
+        a.magnitude + (b.magnitude - a.magnitude) * (b.count / count),
         count,
     )
 

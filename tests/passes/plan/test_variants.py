@@ -272,7 +272,7 @@ def test_names_and_budgets_that_mean_nothing_are_refused(options: dict[str, Any]
 def test_a_budget_that_no_format_fits_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qcompiler.passes.transform.scaled.grams", lambda *_: pytest.fail("measured in vain"))
+    monkeypatch.setattr("qcompiler.passes.transform.output_error.grams", lambda *_: pytest.fail("measured in vain"))
     with pytest.raises(BudgetInfeasible, match="the smallest feasible budget is"):
         allocated(block(20.0), ("scaled", "lowrank"), "1.5bits")
 
