@@ -152,6 +152,16 @@ class Fold:
         """What `scale(s)` would multiply a constant by, broadcastable to it; nothing is changed."""
         return apply.multipliers(self.region, self.start, self._checked(s, 1.0), constant)
 
+    def places(self, labels: Labels) -> Labels:
+        """Which of the numbers in `ties` each entry of labels of the region takes part in; -1: none.
+
+        So what `scale` does to a constant or a value can be written with one number a tie: learned scales are.
+        """
+        classes = self.region.classes
+        ties = dict(zip(classes.roots(self.start).reshape(-1).tolist(), self.ties.tolist(), strict=True))
+        unique, inverse = np.unique(classes.roots(labels), return_inverse=True)
+        return np.array([ties.get(int(root), -1) for root in unique], np.int64)[inverse].reshape(labels.shape)
+
     def scale(self, s: npt.ArrayLike) -> None:
         """Divide channel c of the value by s[c]; its consumers multiply.
 
