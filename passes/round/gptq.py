@@ -52,7 +52,7 @@ class GPTQ(Pass):
         sweeps: of descent over codes and scales after GPTQ (see `refine`).
         samples: of the calibration data, at most.
         tokens: for models of integer inputs, stop after about this many.
-        clipping: "mse" or "minmax" scales to begin with.
+        clipping: the scales to begin with: "mse", "minmax" or "hqq".
     """
 
     damping: float = 0.05

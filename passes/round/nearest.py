@@ -29,7 +29,8 @@ class Nearest(Pass):
     """Every planned weight becomes its nearest code.
 
     Attributes:
-        clipping: "mse" searches the scales of least squared error, "minmax" covers every weight.
+        clipping: "mse" searches the scales of least squared error, "minmax" covers every weight, "hqq" (half-quadratic
+            quantization) lets few weights be far off where that brings the many closer.
         importance: "activations" weighs the errors of a column by the mean square of its input, "fisher" those of every
             weight by the diagonal of the Fisher information (FGMP; needs the extra `torch`). Where a format has groups
             of two widths, it also says which are promoted.

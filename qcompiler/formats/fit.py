@@ -1,9 +1,10 @@
-"""Scales and zero points of a weight matrix: min-max, or the smallest (weighted) squared error.
+"""Scales and zero points of a weight matrix: min-max, or the smallest (weighted) squared error, or HQQ's.
 
 Clipping a few large weights lets the rest use a finer grid. The search is over the clipped ends; every
 candidate is judged with the scale as it will be stored (`round_scale`), and min-max is always among the
 candidates, so "mse" is never worse than "minmax". A least-squares step, which gives the best scale for given
-codes in closed form, follows the search. Works for every format whose `decode` is linear in the scale.
+codes in closed form, follows the search. "hqq" lets few weights be far off (see `hqq`). Works for every format whose
+`decode` is linear in the scale.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import numpy.typing as npt
 
 from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, row_parts, spread_rows
 from qcompiler.formats.granularity import PerTensor
+from qcompiler.formats.hqq import half_quadratic
 from qcompiler.formats.promoted import Promoted
 from qcompiler.formats.promotion import promote
 from qcompiler.formats.scales import free_magnitude
 
-Method = Literal["minmax", "mse"]
+Method = Literal["minmax", "mse", "hqq"]
+METHODS: tuple[Method, ...] = ("minmax", "mse", "hqq")
 _SHRINK = tuple(float(f) for f in np.geomspace(1.0, 0.35, 15)[1:])
 _NUDGE = (0.85, 0.94, 1.06)  # one end at a time, relative to the best joint shrink
 _REFITS = 2
@@ -39,7 +42,8 @@ def fit(
     Args:
         matrix: float32 [rows, columns].
         spec: format, granularity, symmetry, dtype of the scales.
-        method: "minmax" covers every weight; "mse" minimises sum(importance * error^2) in each group.
+        method: "minmax" covers every weight; "mse" minimises sum(importance * error^2) in each group; "hqq"
+            sum(importance * |error|^0.7), from min-max on.
         importance: non-negative weights of the squared errors, [columns] or [rows, columns]. They also say which groups
             of a `Promoted` format are promoted.
 
@@ -50,8 +54,8 @@ def fit(
     Raises:
         ValueError: the matrix is not two-dimensional or not finite, or importance does not fit it.
     """
-    if method not in ("minmax", "mse"):
-        raise ValueError(f"unknown method '{method}': use minmax or mse")
+    if method not in METHODS:
+        raise ValueError(f"unknown method '{method}': use {', '.join(METHODS)}")
     matrix = _checked(matrix)
     weights = _checked_importance(importance, matrix)
     if isinstance(spec.format, Promoted):
@@ -196,6 +200,9 @@ class _Best:
 def _search(block: Floats, weight: Floats | None, spec: QuantSpec, method: Method) -> _Best:
     best = _Best(block, weight, spec)
     if method == "minmax":
+        return best
+    if method == "hqq":
+        best.scale, best.zero = half_quadratic(block, weight, spec, best.scale, best.zero)
         return best
     half = 1 << (spec.bits - 1)
     # (half - 1) / half: the largest weight on the most negative code, which symmetric min-max never uses

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qcompiler.formats import Int, PerChannel, PerGroup, PerTensor, QuantSpec, UInt, parse_spec, spread
-from qcompiler.formats.fit import Method, encode, quantize
+from qcompiler.formats.fit import METHODS, Method, encode, quantize
 from qcompiler.formats.packing import pack, packed_bits, unpack
 
 BITS = st.integers(2, 8)
@@ -35,7 +35,7 @@ def test_spec_survives_its_name(spec: QuantSpec) -> None:
     assert parse_spec(str(spec)) == spec
 
 
-@given(SPECS, MATRICES, st.sampled_from(["minmax", "mse"]))
+@given(SPECS, MATRICES, st.sampled_from(METHODS))
 @settings(deadline=None)
 def test_codes_of_decoded_weights_are_the_same_codes(spec: QuantSpec, w: np.ndarray, method: Method) -> None:
     q = quantize(w, spec, method)
