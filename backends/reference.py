@@ -38,11 +38,18 @@ def dequantize(codes: Ints, scale: float, zero: int) -> Floats:
     return (codes.astype(np.int32) - zero).astype(np.float32) * np.float32(scale)
 
 
-def quantize_rows(x: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Dynamic activation codes: int8 [..., K] and scale float32 [..., 1] = max|x| / 127, 1 for a row of zeros."""
-    scale = (np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)).astype(np.float32)
+def quantize_rows(x: Floats, limit: int = 127, clip: float = 1.0) -> tuple[npt.NDArray[np.int8], Floats]:
+    """Dynamic activation codes: int8 [..., K] and scale float32 [..., 1] = clip * max|x| / limit; 1 where that is 0.
+
+    Args:
+        x: float32 [..., K].
+        limit: the largest code, 2^(b-1) - 1 for b bits.
+        clip: share of a row's largest magnitude that the largest code stands for.
+    """
+    reach = np.abs(x).max(axis=-1, keepdims=True)
+    scale = (reach * np.float32(clip) / np.float32(limit)).astype(np.float32)
     scale = np.where(scale == 0, np.float32(1), scale)
-    return np.clip(np.rint(x / scale), -127, 127).astype(np.int8), scale
+    return np.clip(np.rint(x / scale), -limit, limit).astype(np.int8), scale
 
 
 def matmul(a: Ints, w: Ints, a_zero: int = 0) -> Int32s:

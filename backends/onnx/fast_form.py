@@ -5,7 +5,8 @@ Every quantized operation gets the first form that the installed ONNX Runtime wa
     integer    static 8-bit activations, symmetric weights per channel or tensor: stays QDQ, codes widened to
                int8, and ONNX Runtime makes QLinearConv, QLinearMatMul or QGemm of it
     rows       dynamic activations, symmetric weights per channel or tensor: MatMulInteger
-    blocks     MatMulNBits, with int8 activations where the plan says "dynamic"; GatherBlockQuantized
+    blocks     MatMulNBits, with int8 activations where the plan says "dynamic" at 8 bits (rows of other widths are
+               rounded before it); GatherBlockQuantized
     decoded    codes on disk, float32 once a session is made: convolutions and products for which there is
                no integer kernel, or (exact 8-bit products) only one that is many times slower than float
 """
@@ -96,7 +97,7 @@ class _Rewriter:
             return self._integer(use)
         if form == "rows":
             assert isinstance(use.activation, DynamicActivation)
-            return self._rows(use, use.activation.source)
+            return self._rows(use, use.activation)
         if form == "decoded" or not self.stored[use.weight.dequantize]:
             return "decoded"
         return self._product(use) if use.is_product else self._gather(use)
@@ -155,27 +156,27 @@ class _Rewriter:
         replace_output(self.form.model.graph, use.node, result)
         return f"gather{container}"
 
-    def _rows(self, use: QuantizedOperation, source: ir.Value) -> str:
-        if source not in self.row_codes:
+    def _rows(self, use: QuantizedOperation, rows: DynamicActivation) -> str:
+        if use.data not in self.row_codes:
             quantizer = use.data.producer()
             assert quantizer is not None
-            self.row_codes[source] = write_row_codes(
-                Emitter(self.form.model, quantizer, f"{use.data.name}_codes"), source
+            self.row_codes[use.data] = write_row_codes(
+                Emitter(self.form.model, quantizer, f"{use.data.name}_codes"), rows
             )
         emit = Emitter(self.form.model, use.node, f"{use.label}_fast")
         bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
         replace_output(
-            self.form.model.graph, use.node, write_row_product(emit, self.row_codes[source], use.weight, bias)
+            self.form.model.graph, use.node, write_row_product(emit, self.row_codes[use.data], use.weight, bias)
         )
         self.form.expected["MatMulInteger"] += 1
         return "rows"
 
     def _product(self, use: QuantizedOperation) -> str:
-        dynamic = isinstance(use.activation, DynamicActivation)
         blocks = self._blocks(use)
         container, block = blocks.container, blocks.block
         emit = Emitter(self.form.model, use.node, f"{use.label}_fast")
-        data = use.activation.source if isinstance(use.activation, DynamicActivation) else use.data
+        rows = _int8_rows(use)
+        data = use.data if rows is None else rows.source
         bias = use.node.inputs[2] if use.node.op_type == "Gemm" and len(use.node.inputs) > 2 else None
         if bias is not None:
             bias = emit.node("Reshape", bias, emit.integers(use.weight.rows))
@@ -186,7 +187,7 @@ class _Rewriter:
         )  # fmt: skip
         self.form.expected["MatMulNBits"] += 1
         replace_output(self.form.model.graph, use.node, result)
-        return f"blocks{container}{'-int8' if dynamic else ''}"
+        return f"blocks{container}{'-int8' if rows is not None else ''}"
 
     def _blocks(self, use: QuantizedOperation) -> Blocks:
         """A weight in block form, written once for all its users (a tied embedding and head)."""
@@ -213,7 +214,7 @@ def _kind(use: QuantizedOperation) -> str:
 
 def _block_forms(use: QuantizedOperation) -> list[tuple[int, int]]:
     """Bits of a code in memory and columns that share a scale, best first, of the block kernels that take a weight."""
-    weight, dynamic = use.weight, isinstance(use.activation, DynamicActivation)
+    weight, dynamic = use.weight, _int8_rows(use) is not None
     if len(weight.shape) != 2 or (use.is_product and not _is_plain(use)):
         return []
     found: list[tuple[int, int]] = []
@@ -239,7 +240,13 @@ def _containers(use: QuantizedOperation, dynamic: bool) -> list[int]:
 
 def _accuracy(use: QuantizedOperation) -> int:
     """accuracy_level of MatMulNBits."""
-    return probe.INT8_ACTIVATIONS if isinstance(use.activation, DynamicActivation) else probe.EXACT
+    return probe.EXACT if _int8_rows(use) is None else probe.INT8_ACTIVATIONS
+
+
+def _int8_rows(use: QuantizedOperation) -> DynamicActivation | None:
+    """How an operation's data is rounded, if that is what MatMulNBits can do itself."""
+    found = use.activation
+    return found if isinstance(found, DynamicActivation) and found.is_int8 else None
 
 
 def _merged_with_add(graph: ir.Graph, use: QuantizedOperation) -> ir.Node | None:

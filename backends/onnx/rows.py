@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.backends.onnx.emit import Emitter
-from qcompiler.graph.functions import PackedWeight
+from qcompiler.graph.functions import DynamicActivation, PackedWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +25,17 @@ class RowCodes:
     middle: ir.Value
 
 
-def write_row_codes(emit: Emitter, x: ir.Value) -> RowCodes:
-    """The steps of QuantizeRows up to the codes."""
-    number = {n: emit.constant(np.asarray(n, np.float32), "number") for n in (-127, 0, 1, 127, 128)}
+def write_row_codes(emit: Emitter, rows: DynamicActivation) -> RowCodes:
+    """The steps of QuantizeRows, or of QuantizeRowsTo, up to the codes."""
+    x, limit = rows.source, rows.limit
+    number = {n: emit.constant(np.asarray(n, np.float32), "number") for n in (-limit, 0, 1, limit, 128)}
     reach = emit.node("ReduceMax", emit.node("Abs", x), emit.integers(-1), keepdims=1)
-    step = emit.node("Div", reach, number[127])
+    if rows.clip != 1:
+        reach = emit.node("Mul", reach, emit.constant(np.asarray(rows.clip, np.float32), "clip"))
+    step = emit.node("Div", reach, number[limit])
     scale = emit.node("Where", emit.node("Equal", step, number[0]), number[1], step)
     nearest = emit.node("Round", emit.node("Div", x, scale))
-    code = emit.node("Add", emit.node("Clip", nearest, number[-127], number[127]), number[128])
+    code = emit.node("Add", emit.node("Clip", nearest, number[-limit], number[limit]), number[128])
     return RowCodes(emit.cast(code, ir.DataType.UINT8), scale, emit.constant(np.asarray(128, np.uint8), "middle"))
 
 

@@ -16,7 +16,7 @@ from qcompiler.backends.tvm.conv_sites import FIXED_PADS
 from qcompiler.backends.tvm.layout import LONGEST_GROUP
 from qcompiler.errors import BackendUnavailable, BadModel, MissingExtra, PassRefused
 from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec, UInt
-from qcompiler.graph.functions import QUANTIZE_ROWS
+from qcompiler.graph.functions import rounds_rows
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.latency import Clock
 from qcompiler.model import Model
@@ -78,6 +78,9 @@ class CpuBackend:
         """Why no kernel takes this plan, or None."""
         if plan.activation == "dynamic" and site.op not in ("MatMul", "Gemm"):
             return f"dynamic activations are for MatMul and Gemm, not {site.op}"
+        if (plan.activation_bits, plan.activation_clip) != (8, 1):
+            rows = f"{plan.activation_bits} bits, clipped at {plan.activation_clip:g}"
+            return f"kernels exist for dynamic activations of 8 bits that are not clipped, not for {rows}"
         if plan.weight is None:
             return None
         fmt, granularity = plan.weight.format, plan.weight.granularity
@@ -194,7 +197,7 @@ def _product_refusal(site: Site) -> str | None:
 
 
 def _rounds_activations(model: ir.Model) -> bool:
-    return any(node.op_type in ("QuantizeLinear", QUANTIZE_ROWS) for node in model.graph)
+    return any(node.op_type == "QuantizeLinear" or rounds_rows(node) for node in model.graph)
 
 
 def _signature(model: ir.Model) -> dict[str, Any]:

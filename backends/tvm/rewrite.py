@@ -80,8 +80,8 @@ class Rewrite:
     def _product(self, node: ir.Node, weight: PackedWeight) -> ir.Value:
         tiling, arrays = self.parameters.tiled(weight)
         activation = read_activation(node.inputs[0])
-        integer = isinstance(activation, DynamicActivation)
-        source = activation.source if isinstance(activation, DynamicActivation) else node.inputs[0]
+        rows = activation if isinstance(activation, DynamicActivation) and activation.is_int8 else None
+        integer, source = rows is not None, node.inputs[0] if rows is None else rows.source
         assert source is not None
         operands = self._row_operands(node, source, tiling, integer)
         kernel = self.kernels.matmul(tiling, integer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,6 +16,7 @@ from qcompiler.model import Model, StaticRange
 from qcompiler.passes.lower.bias import add_to_bias
 from qcompiler.passes.lower.stored_weight import store
 from qcompiler.pipeline import Pass, PassReport
+from qcompiler.plan import Plan
 from qcompiler.progress import Progress
 
 OLDEST_OPSET = 21  # blocked DequantizeLinear and INT4
@@ -63,8 +65,7 @@ class InsertQDQ(Pass):
         values = _values(model.graph)
         for name, found in model.ranges.items():
             _quantize_statically(model.graph, values[name], found)
-        dynamic = [sites[n] for n, p in model.plan.sites.items() if p.activation == "dynamic"]
-        rows = _quantize_rows(model.ir, dynamic)
+        rows = quantize_rows(model.ir, model.plan, sites)
         model.ir.ir_version = max(model.ir.ir_version or 0, OLDEST_IR)
         model.lowered = True
         metrics = {"weights": len(names), "static": len(model.ranges), "dynamic": rows, "biases": len(model.bias_shift)}
@@ -110,21 +111,32 @@ def _quantize_statically(graph: ir.Graph, value: ir.Value, found: StaticRange) -
         node.replace_input_with(index, output)
 
 
-def _quantize_rows(model: ir.Model, sites: list[Site]) -> int:
-    """`QuantizeRows` in front of the sites' data inputs; sites that read the same value share it."""
-    made: dict[ir.Value, ir.Value] = {}
+def quantize_rows(model: ir.Model, plan: Plan, sites: Mapping[str, Site]) -> int:
+    """Round the rows that products with dynamic activations read, in place; those that read alike share it.
+
+    Args:
+        model: its graph is changed, its weights are not looked at.
+        plan: whose entries with dynamic activations are meant.
+        sites: of the graph, by name.
+
+    Returns:
+        How many values are rounded.
+    """
+    made: dict[tuple[ir.Value, int, float], ir.Value] = {}
+    dynamic = ((sites[name], entry) for name, entry in plan.sites.items() if entry.activation == "dynamic")
     # Several sites may share a user only by sharing its weight, which makes them one site: no node comes twice.
-    for node in (user for site in sites for user in site.users if user.op_type in ("MatMul", "Gemm")):
-        source = node.inputs[0]
-        assert source is not None
-        if source not in made:
-            functions.add_function(model, functions.quantize_rows_function(model.graph.opset_imports[""]))
-            output = ir.val(f"{source.name}_rows", dtype=source.dtype, shape=source.shape)
-            name = f"{output.name}_node"
-            quantize = ir.node(functions.QUANTIZE_ROWS, [source], domain=functions.DOMAIN, name=name, outputs=[output])
-            _insert_after(model.graph, source, [quantize])
-            made[source] = output
-        node.replace_input_with(0, made[source])
+    for site, entry in dynamic:
+        bits, clip = entry.activation_bits, entry.activation_clip
+        for node in (user for user in site.users if user.op_type in ("MatMul", "Gemm")):
+            source = node.inputs[0]
+            assert source is not None
+            key = (source, bits, clip)
+            if key not in made:
+                suffix = "" if (bits, clip) == (8, 1) else f"{bits}_{clip:g}"
+                quantize = functions.rounded_rows(model, source, bits, clip, f"{source.name}_rows{suffix}")
+                _insert_after(model.graph, source, [quantize])
+                made[key] = quantize.outputs[0]
+            node.replace_input_with(0, made[key])
     return len(made)
 
 

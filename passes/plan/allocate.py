@@ -12,7 +12,7 @@ from qcompiler.errors import BadOption, SolverUnavailable
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import tie_groups
 from qcompiler.model import Model
-from qcompiler.passes.plan.candidates import Activations, Menu, menu, passed_over, target_for
+from qcompiler.passes.plan.candidates import Activations, Menu, Rows, menu, passed_over, target_for
 from qcompiler.passes.plan.conflict import conflict, require_feasible
 from qcompiler.passes.plan.decide import SEPARABLE, contenders, judge, reranked, runs, solved
 from qcompiler.passes.plan.facts import gap_text, site_table, solution_facts
@@ -72,6 +72,8 @@ class Allocate(Pass):
             "int4to8" with several shares, of which equal slope makes one threshold over all groups (FGMP).
         samples: calibration samples to measure with; 0: as many as the time allows.
         seconds: time that measuring may take, variants not counted.
+        activation_bits: of dynamic activations (which must be asked for if it isn't 8), 3 to 8.
+        activation_clip: share of a row's largest magnitude beyond which dynamic activations are clipped, in (0, 1].
     """
 
     budget: str | tuple[str, ...] = ("4bits",)
@@ -90,6 +92,8 @@ class Allocate(Pass):
     mixed_blocks: tuple[str, ...] = ()
     samples: int = 0
     seconds: float = 240.0
+    activation_bits: int = 8
+    activation_clip: float = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, str):
@@ -99,6 +103,7 @@ class Allocate(Pass):
         for name, known in (("activations", tuple(_ACTIVATIONS)), ("ties", _TIES), ("loss", tuple(METHODS))):
             if getattr(self, name) not in known:
                 raise BadOption(f"{name} cannot be '{getattr(self, name)}'", "allocate", f"use {', '.join(known)}")
+        self._rows()
         if not self.bits or not all(2 <= width <= _WIDEST for width in self.bits):
             raise BadOption(f"bits cannot be {list(self.bits)}", "allocate", f"give widths from 2 to {_WIDEST}")
         if any(size < 1 for size in self.group_sizes):
@@ -144,7 +149,8 @@ class Allocate(Pass):
         kept = kept_sites(sites, self.keep)
         free = [site for site in sites if site.name not in kept]
         mixed = parse_mixed(self.mixed_blocks)
-        menus = [menu(backend, site, self.bits, self.group_sizes, mode, mixed) for site in free]
+        rows = self._rows() if mode == "dynamic" else None
+        menus = [menu(backend, site, self.bits, self.group_sizes, mode, mixed, rows) for site in free]
         ties = self._tie_names(backend, model, free)
         pairs = Pairs.of(model, free, self.pairs)
         menus, groups, refused = tied([pairs.narrowed(m) for m in menus], ties)
@@ -174,6 +180,9 @@ class Allocate(Pass):
         metrics = {"bits_per_weight": bits, "stored_bytes": size, "sites": table, "measured": dict(losses.facts)}
         metrics |= {"runs": judged, "latency": timing.facts, "variants": variants.facts(decided)}
         return PassReport("allocate", len(decided), tuple(refused), metrics)
+
+    def _rows(self) -> Rows:
+        return Rows.of("allocate", self.activations, self.activation_bits, self.activation_clip)
 
     def _tie_names(self, backend: Backend, model: Model, sites: Sequence[Site]) -> list[tuple[str, ...]]:
         ties = getattr(backend, "ties", "none") if self.ties == "target" else self.ties

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from qcompiler import registry
-from qcompiler.errors import Refusal
+from qcompiler.errors import BadOption, Refusal
 from qcompiler.formats import Int, PerChannel, PerGroup, Promoted, QuantSpec
 from qcompiler.formats.fit import quantize
 from qcompiler.formats.scales import with_scales_that_fit
@@ -51,6 +51,37 @@ def passed_over(model: Model, sites: Sequence[Site], progress: Progress) -> list
     return [*skipped]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How dynamic activations are rounded, wherever a plan has them.
+
+    Attributes:
+        bits: of the codes, 3 to 8.
+        clip: share of a row's largest magnitude that the largest code stands for, in (0, 1].
+    """
+
+    bits: int = 8
+    clip: float = 1.0
+
+    @staticmethod
+    def of(owner: str, activations: str, bits: int, clip: float) -> Rows:
+        """Those of a pass's options; BadOption if they cannot be had, or the activations are not dynamic."""
+        try:
+            SitePlan(None, "dynamic", "", bits, clip)
+        except BadOption as error:
+            raise BadOption(error.what, owner, error.fix) from error
+        if activations != "dynamic" and (bits, clip) != (8, 1):
+            what = f"{activations} activations have no width and no clip of their own"
+            raise BadOption(what, owner, "make activations dynamic, or drop activation_bits and activation_clip")
+        return Rows(bits, clip)
+
+    def put(self, plan: SitePlan) -> SitePlan:
+        """The plan with them, if its activations are dynamic."""
+        if plan.activation != "dynamic":
+            return plan
+        return replace(plan, activation_bits=self.bits, activation_clip=self.clip)
+
+
 def target_for(name: str, activations: Activations) -> Backend:
     """The target by name; one that has a say in activations (a field of that name) is told what is wanted."""
     target: Callable[..., Backend] = registry.find("backends", name)
@@ -66,6 +97,7 @@ def menu(
     group_sizes: Sequence[int],
     activations: Activations,
     mixed: Sequence[Promoted] = (),
+    rows: Rows | None = None,
 ) -> Menu:
     """The options of a site on a target.
 
@@ -76,6 +108,7 @@ def menu(
         group_sizes: offered beside the target's own wherever the target takes groups.
         activations: "auto" takes, for every weight format, the activation that the target names first.
         mixed: formats of two widths to offer beside.
+        rows: of dynamic activations; as the target names them if None.
     """
     offered = [plan for plan in backend.candidates(site, bits) if plan.weight is not None]
     widest = max((site_bits(site, plan) for plan in offered), default=0)  # tiny groups may take more than float weights
@@ -83,6 +116,9 @@ def menu(
     offered += [plan for plan in regrouped if site_bits(site, plan) <= widest]
     added, unmixed = mixed_plans(backend, site, offered, mixed)
     plans, refused = _with_activations(backend, site, with_fitting_scales(site, offered + added), activations)
+    if rows is not None:
+        plans, narrower = _with_rows(backend, site, plans, rows)
+        refused = (*refused, *narrower)
     if not plans:
         plain = SitePlan(QuantSpec(Int(8), PerChannel(), True))
         reason = backend.supports(site, plain) or "the target offers no format for it"
@@ -143,6 +179,17 @@ def _with_activations(
         return usable, ()
     # Nothing can be had with these activations: the target's own are better than a float weight.
     return offered, (Refusal(site.name, f"no {activations} activations: {reasons[0]}"),)
+
+
+def _with_rows(
+    backend: Backend, site: Site, offered: list[SitePlan], rows: Rows
+) -> tuple[list[SitePlan], tuple[Refusal, ...]]:
+    wanted = [rows.put(plan) for plan in offered]
+    reasons = [backend.supports(site, plan) for plan in wanted]
+    usable = [plan for plan, reason in zip(wanted, reasons, strict=True) if reason is None]
+    if usable or not offered:
+        return usable, ()
+    return offered, (Refusal(site.name, f"activations stay as the target has them: {reasons[0]}"),)
 
 
 def shortlist(site: Site, plans: Sequence[SitePlan], most: int = _MOST) -> list[SitePlan]:

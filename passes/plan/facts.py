@@ -93,7 +93,7 @@ def _row(m: Menu, losses: Sequence[float], noise: Sequence[float], chosen: int) 
 
     options = [option(*facts) for facts in zip(m.plans, losses, noise, strict=True)]
     site = m.site
-    activation = m.plans[chosen].activation
+    activation = m.plans[chosen].activation_text
     facts = {"site": site.name, "op": site.op, "weights": site.count, "activation": activation}
     return {
         **facts,

@@ -11,7 +11,7 @@ from qcompiler.formats import QuantSpec, parse_spec
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
 from qcompiler.overrun import overrun
-from qcompiler.passes.plan.candidates import activation_for, passed_over, with_fitting_scales
+from qcompiler.passes.plan.candidates import Rows, activation_for, passed_over, with_fitting_scales
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import ActivationMode, Plan, SitePlan
 from qcompiler.progress import Progress, Silent
@@ -37,6 +37,8 @@ class Uniform(Pass):
         keep: sites to leave float: globs on their names, or "embeddings". Outside the average of bits.
         target: who must be able to run it.
         budget: what the result must stay within; the formats are fixed, so one that they exceed is refused.
+        activation_bits: of dynamic activations, 3 to 8.
+        activation_clip: share of a row's largest magnitude beyond which dynamic activations are clipped, in (0, 1].
     """
 
     spec: str = "int8-sym-channel-fp32"
@@ -45,6 +47,8 @@ class Uniform(Pass):
     keep: tuple[str, ...] = ()
     target: str = "onnx"
     budget: tuple[str, ...] = ()
+    activation_bits: int = 8
+    activation_clip: float = 1.0
 
     def __post_init__(self) -> None:
         parse_spec(self.spec)
@@ -52,6 +56,7 @@ class Uniform(Pass):
             parse_spec(self.embeddings)
         if self.activation not in _MODES:
             raise BadOption(f"unknown activation mode '{self.activation}'", "uniform", f"use {', '.join(_MODES)}")
+        self._rows()
         for text in self.budget:
             if not parse_budget(text).stored:
                 raise BadOption(f"'uniform' fixes the formats and cannot aim at {text}", "--budget", _INSTEAD)
@@ -84,7 +89,7 @@ class Uniform(Pass):
             spec = None if site.name in kept else self._spec(site)
             if spec is None:
                 continue
-            wanted = SitePlan(spec, activation_for(site, _MODES[self.activation]))
+            wanted = self._rows().put(SitePlan(spec, activation_for(site, _MODES[self.activation])))
             fitting = with_fitting_scales(site, [wanted])[0]
             if fitting != wanted:
                 refused.append(Refusal(site.name, "float32 scales: float16 cannot hold those of its weights"))
@@ -98,6 +103,9 @@ class Uniform(Pass):
         if over is not None:
             raise BudgetInfeasible(*over.words(f"'uniform' fixes the formats, here {self.spec}", _INSTEAD))
         return refused
+
+    def _rows(self) -> Rows:
+        return Rows.of("uniform", self.activation, self.activation_bits, self.activation_clip)
 
     def _spec(self, site: Site) -> QuantSpec | None:
         text = self.embeddings if self.embeddings and is_embedding(site) else self.spec

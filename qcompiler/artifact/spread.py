@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.artifact.verify import distances
-from qcompiler.graph.functions import DOMAIN, QUANTIZE_ROWS
+from qcompiler.graph.functions import DOMAIN, rounds_rows
 from qcompiler.measure.runner import Runner
 from qcompiler.target import Feeds, Outputs
 
@@ -73,7 +73,7 @@ def noisy(model: ir.Model) -> ir.Model:
 
 
 def _rounds(node: ir.Node) -> bool:
-    return (node.domain, node.op_type) in (("", "QuantizeLinear"), (DOMAIN, QUANTIZE_ROWS))
+    return (node.domain, node.op_type) == ("", "QuantizeLinear") or rounds_rows(node)
 
 
 def _range(graph: ir.Graph, node: ir.Node, number: int) -> ir.Value:

@@ -125,7 +125,7 @@ def _points(result: CompileResult) -> list[Mapping[str, Any]]:
 
 def _print_plan(result: CompileResult) -> None:
     rows = [
-        [name, str(plan.weight) if plan.weight else "float", plan.activation]
+        [name, str(plan.weight) if plan.weight else "float", plan.activation_text]
         for name, plan in result.plan.sites.items()
     ]
     rows += [[name, "float (kept)", "float"] for name in result.plan.kept]
@@ -239,5 +239,5 @@ def _by_format(result: CompileResult) -> list[list[str]]:
     for plan in result.plan.sites.values():
         bits = plan.weight.bits if plan.weight else 32
         form = str(plan.weight) if plan.weight else "float"
-        count[bits, form if plan.activation == "float" else f"{form}, {plan.activation} activations"] += 1
+        count[bits, form if plan.activation == "float" else f"{form}, {plan.activation_text} activations"] += 1
     return [[form, str(number)] for (_, form), number in sorted(count.items(), reverse=True)]

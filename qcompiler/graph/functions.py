@@ -23,30 +23,15 @@ from qcompiler.formats.packing import plane_widths
 from qcompiler.formats.promoted import FLAG
 from qcompiler.graph.codes import DOMAIN, matrix_shape, read_flags, read_integers, read_per_group, stored_shape
 from qcompiler.graph.merged import MERGE_BODY, MERGE_SIGNATURE
+from qcompiler.graph.rows import ROWS_BODY, ROWS_TO_BODY
 
 QUANTIZE_ROWS = "QuantizeRows"
+QUANTIZE_ROWS_TO = "QuantizeRowsTo"
 # Keys of `metadata_props` on the DequantizeLinear of a weight.
 SITE, LAYOUT, SPEC, GROUPS = "qcompiler.site", "qcompiler.layout", "qcompiler.spec", "qcompiler.groups"
 TAIL = "qcompiler.tail"  # how many nodes bring the decoded numbers into the weight's shape and type
 
 Floats = npt.NDArray[np.float32]
-
-_ROWS_BODY = """
-  magnitude = Abs (x)
-  last = Constant <value_ints: ints = [-1]> ()
-  reach = ReduceMax <keepdims = 1> (magnitude, last)
-  limit = Constant <value_float: float = 127.0> ()
-  step = Div (reach, limit)
-  nothing = Constant <value_float: float = 0.0> ()
-  one = Constant <value_float: float = 1.0> ()
-  empty = Equal (step, nothing)
-  scale = Where (empty, one, step)
-  ratio = Div (x, scale)
-  nearest = Round (ratio)
-  lowest = Constant <value_float: float = -127.0> ()
-  code = Clip (nearest, lowest, limit)
-  y = Mul (code, scale)
-"""
 
 
 def has_tensor_type(bits: int, opset: int) -> bool:
@@ -108,7 +93,39 @@ def quantize_rows_function(opset: int) -> ir.Function:
 
     scale = max|x| over the last axis / 127 (1 where that is zero); y = clip(rint(x / scale), -127, 127) * scale.
     """
-    return _parse(f"{QUANTIZE_ROWS} (x) => (y)", _ROWS_BODY, opset)
+    return _parse(f"{QUANTIZE_ROWS} (x) => (y)", ROWS_BODY, opset)
+
+
+def quantize_rows_to_function(opset: int) -> ir.Function:
+    """`QuantizeRowsTo<limit, clip>(x) -> y`: the same for codes from -limit to limit, which is 2^(b-1) - 1 for b bits.
+
+    scale = clip * max|x| over the last axis / limit (1 where that is zero).
+    """
+    return _parse(f"{QUANTIZE_ROWS_TO} <limit, clip> (x) => (y)", ROWS_TO_BODY, opset)
+
+
+def rounded_rows(model: ir.Model, x: ir.Value, bits: int, clip: float, name: str) -> ir.Node:
+    """A node, not in the graph yet, that rounds the rows of `x`; its function is added to the model.
+
+    Args:
+        model: whose graph will hold it.
+        x: float32 [..., K].
+        bits: of the codes, 3 to 8.
+        clip: share of a row's largest magnitude that the largest code stands for.
+        name: of its output.
+    """
+    opset = model.graph.opset_imports[""]
+    usual = (bits, clip) == (8, 1)
+    function = quantize_rows_function(opset) if usual else quantize_rows_to_function(opset)
+    add_function(model, function)
+    attributes = {} if usual else {"limit": float(2 ** (bits - 1) - 1), "clip": float(clip)}
+    output = ir.val(name, dtype=x.dtype, shape=x.shape)
+    return ir.node(function.name, [x], attributes, domain=DOMAIN, name=f"{name}_node", outputs=[output])
+
+
+def rounds_rows(node: ir.Node) -> bool:
+    """Whether a node is one that `rounded_rows` makes."""
+    return node.domain == DOMAIN and node.op_type in (QUANTIZE_ROWS, QUANTIZE_ROWS_TO)
 
 
 def merge_function(opset: int) -> ir.Function:
@@ -220,9 +237,16 @@ class StaticActivation:
 
 @dataclass(frozen=True, eq=False)
 class DynamicActivation:
-    """A value behind `QuantizeRows`."""
+    """A value behind `QuantizeRows` or `QuantizeRowsTo`: codes from -limit to limit, scale clip * max|row| / limit."""
 
     source: ir.Value
+    limit: int = 127
+    clip: float = 1.0
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it is what kernels for int8 rows do."""
+        return (self.limit, self.clip) == (127, 1)
 
 
 def read_activation(value: ir.Value | None) -> StaticActivation | DynamicActivation | None:
@@ -230,8 +254,9 @@ def read_activation(value: ir.Value | None) -> StaticActivation | DynamicActivat
     node = value.producer() if value is not None else None
     if node is None or node.inputs[0] is None:
         return None
-    if (node.domain, node.op_type) == (DOMAIN, QUANTIZE_ROWS):
-        return DynamicActivation(node.inputs[0])
+    if rounds_rows(node):
+        limit, clip = (node.attributes.get_float(name, usual) for name, usual in (("limit", 127.0), ("clip", 1.0)))
+        return DynamicActivation(node.inputs[0], round(limit), clip)
     before = node.inputs[0].producer()
     if node.op_type != "DequantizeLinear" or before is None or before.op_type != "QuantizeLinear":
         return None

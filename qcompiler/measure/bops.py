@@ -2,7 +2,7 @@
 
 The convention: one sample; products of weights only (MatMul, Gemm, Conv, ConvTranspose; looking rows up is none);
 weights count the bits of a code (the average of two widths), scales and zero points not counted; quantized activations
-count 8 bits; a float factor counts the bits of its type, 32 for float32.
+count the bits of their codes; a float factor counts the bits of its type, 32 for float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qcompiler.graph.sites import Site
 from qcompiler.plan import SitePlan
 
 Shapes = Mapping[str, tuple[int, ...]]
-_FLOAT, _QUANTIZED = 32, 8  # bits of an activation
+_FLOAT = 32  # bits of an activation
 
 
 def site_macs(site: Site, shapes: Shapes) -> int:
@@ -34,12 +34,12 @@ def site_bops(site: Site, plan: SitePlan | None, macs: int) -> int:
     """Bit operations of a site under a plan; None: as it is, in float."""
     tensor = site.weight.const_value
     assert tensor is not None
-    rounded = plan is not None and plan.activation != "float"
+    rounded = None if plan is None or plan.activation == "float" else plan.activation_bits
     spec = None if plan is None else plan.weight
     weight = tensor.dtype.bitwidth if spec is None else spec.bits
     if spec is not None and isinstance(spec.format, Promoted):
         weight = spec.format.average_bits
-    return round(macs * weight) * (_QUANTIZED if rounded else _activation_bits(site))
+    return round(macs * weight) * (rounded or _activation_bits(site))
 
 
 def _activation_bits(site: Site) -> int:

@@ -87,7 +87,7 @@ def _layer(
         "format": "float (kept)" if row.what == "kept" else row.spec,
         "stored_bits": row.bits / site.count,
         "bytes": row.bytes,
-        "activation": plan.activation if plan else "float",
+        "activation": plan.activation_text if plan else "float",
         "predicted": measured["loss"] if measured else None,
         "realised": realised.get(site.name),
     }
