@@ -151,6 +151,22 @@ class Pipeline:
             raise BadOption(f"cannot be read ({error})", where=str(path)) from error
 
 
+def parse_pass(text: str, where: str) -> Pass:
+    """A pass as an option of another one says it: a registered name, options behind a colon ("gptq: samples = 24").
+
+    Raises:
+        BadOption: no such pass, no such option, or not written like this.
+    """
+    name, _, options = text.partition(":")
+    try:
+        table = tomllib.loads(f"options = {{{options}}}")["options"]
+    except tomllib.TOMLDecodeError as error:
+        raise BadOption(f"'{text}' is no pass ({error})", where, 'write it as in "gptq: samples = 24"') from error
+    if "name" in table:
+        raise BadOption(f"'{text}' is no pass", where, 'write it as in "gptq: samples = 24"')
+    return _build({"name": name.strip(), **table}, where)
+
+
 def check_numbers(item: Pass, positive: Sequence[str], rates: Sequence[str] = ()) -> None:
     """Raise BadOption for options of a pass that are no such numbers.
 

@@ -18,6 +18,7 @@ PASSES: dict[str, str] = {
     "equalize-activations": "qcompiler.passes.transform.equalize_activations:EqualizeActivations",
     "rotate": "qcompiler.passes.transform.rotate:Rotate",
     "smooth": "qcompiler.passes.transform.smooth:Smooth",
+    "smooth-plus": "qcompiler.passes.transform.smooth_plus:SmoothPlus",
     "awq": "qcompiler.passes.transform.awq:AWQ",
     "scale-fold": "qcompiler.passes.transform.scale_fold:ScaleFold",
     "equalize": "qcompiler.passes.transform.equalize:Equalize",
@@ -33,6 +34,8 @@ PASSES: dict[str, str] = {
     "bias-correction": "qcompiler.passes.round.bias_correction:BiasCorrection",
     "activation-ranges": "qcompiler.passes.round.activation_ranges:ActivationRanges",
     "tune": "qcompiler.passes.round.tune:Tune",
+    "choose-transforms": "qcompiler.passes.search.choose_transforms:ChooseTransforms",
+    "choose-rounding": "qcompiler.passes.search.choose_rounding:ChooseRounding",
     "insert-qdq": "qcompiler.passes.lower.insert_qdq:InsertQDQ",
 }
 FORMATS: dict[str, str] = {

@@ -27,6 +27,7 @@ from qcompiler.budget import bits_per_weight, stored_bytes
 from qcompiler.calibration import Calibration
 from qcompiler.capture.onnx import load_onnx
 from qcompiler.evaluate.fidelity import FidelityMeter
+from qcompiler.graph.sites import find_sites
 from qcompiler.graph.topology import residual_streams
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.runner import Runner
@@ -86,8 +87,8 @@ def fixture(
     Args:
         assets: folder as benchmarks/assets.py describes it.
         name: of the model.
-        blocks: of a transformer only so many first blocks (pairs of sums into its residual stream); the output is
-            then the residual stream. None: the whole model.
+        blocks: of a transformer only so many first blocks (pairs of sums into its residual stream); the outputs are
+            then those of the products that read the stream next (query, key, value). None: the whole model.
         seed: draws the calibration samples.
         samples: so many of them.
         public: samples to judge by.
@@ -108,10 +109,21 @@ def fixture(
 
 
 def first_blocks(model: ir.Model, blocks: int) -> ir.Model:
-    """The graph up to its `blocks`-th block: two sums into the longest residual stream are a block."""
-    sums = [v for v in residual_streams(model)[0].values if (p := v.producer()) and p.op_type in ("Add", "Sum")]
-    last = sums[2 * blocks - 1]
-    graph = extract(model.graph, list(model.graph.inputs), [last])
+    """The graph up to the products that read the residual stream behind its `blocks`-th block.
+
+    Two sums into the longest residual stream are a block. The stream itself is no output, so that it can be rotated.
+    """
+    stream = residual_streams(model)[0]
+    sums = [v for v in stream.values if (p := v.producer()) and p.op_type in ("Add", "Sum")]
+    products = {user for site in find_sites(model) for user in site.users}
+    todo, ends = [sums[2 * blocks - 1]], dict[ir.Value, None]()
+    while todo:
+        for node in todo.pop().consumers():
+            if node in products:
+                ends |= dict.fromkeys(node.outputs)
+            elif not set(node.outputs) & set(stream.values):
+                todo += node.outputs
+    graph = extract(model.graph, list(model.graph.inputs), list(ends))
     part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
     part.meta.update(model.meta)
     return part

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import BadOption
-from qcompiler.measure.memory import give_back
+from qcompiler.measure.memory import give_back, spill
 from qcompiler.model import Model
 from qcompiler.pipeline import PassReport, Pipeline
 from qcompiler.progress import Progress
-from qcompiler.scratch import spilled
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
         before = _parts(work)
         reports += replace(pipeline, passes=[item]).run(work, progress)
         transformed.append(not work.lowered and _parts(work) != before)
-        _spill(work, model)
+        spill(work, model)
         give_back((*model.graph.initializers.values(), *work.graph.initializers.values()))
         if only_plan and work.plan is not model.plan:  # perhaps an empty one: there may be nothing to decide
             return Lowering(model, work, None, reports, transformed)
@@ -69,15 +67,3 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
 def _parts(model: Model) -> tuple[list[ir.Node], dict[str, ir.TensorProtocol | None]]:
     """The nodes and tensors that a graph is made of, equal if they are the same ones: transforms replace them."""
     return list(model.graph), {name: value.const_value for name, value in model.graph.initializers.items()}
-
-
-def _spill(work: Model, original: Model) -> None:
-    """Put what a pass has made into the scratch file: rewritten weights, codes, packed codes."""
-    kept = {id(value.const_value) for value in original.graph.initializers.values()}
-    for value in work.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray) and id(tensor) not in kept:
-            raw = spilled(tensor.raw)
-            if raw is not tensor.raw:
-                value.const_value = ir.Tensor(raw, tensor.dtype, shape=tensor.shape, name=tensor.name)
-    work.weights = {name: replace(codes, codes=spilled(codes.codes)) for name, codes in work.weights.items()}

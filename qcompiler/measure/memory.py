@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
-from qcompiler.scratch import forget
+from qcompiler.model import Model
+from qcompiler.scratch import forget, spilled
 
 _WORTH_TRIMMING = 1 << 22  # bytes of weights; walking all heaps takes longer than small temporaries are worth
 
@@ -30,6 +33,23 @@ def give_back(values: Iterable[ir.Value] = ()) -> None:
             tensor.raw.madvise(mmap.MADV_DONTNEED)
     if held >= _WORTH_TRIMMING:
         trim()
+
+
+def spill(work: Model, original: Model) -> None:
+    """Put what passes have made into the scratch file: rewritten weights, codes, packed codes.
+
+    Args:
+        work: the model that they changed.
+        original: what it was cloned from, whose tensors lie in a file already, or are another's to spill.
+    """
+    kept = {id(value.const_value) for value in original.graph.initializers.values()}
+    for value in work.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray) and id(tensor) not in kept:
+            raw = spilled(tensor.raw)
+            if raw is not tensor.raw:
+                value.const_value = ir.Tensor(raw, tensor.dtype, shape=tensor.shape, name=tensor.name)
+    work.weights = {name: replace(codes, codes=spilled(codes.codes)) for name, codes in work.weights.items()}
 
 
 def trim() -> None:

@@ -1,0 +1,110 @@
+"""Choose how the weights of a plan are rounded, by the loss on held-back samples; never worse than to nearest."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcompiler.errors import BadOption, PassRefused, Refusal
+from qcompiler.measure.memory import spill
+from qcompiler.model import Model
+from qcompiler.passes.search.held_back import HeldBack
+from qcompiler.passes.search.trials import Trial, steps_of
+from qcompiler.pipeline import LOSSY, Pass, PassReport
+from qcompiler.progress import Progress
+
+_PLAIN = "nearest"
+
+
+@dataclass(frozen=True)
+class ChooseRounding(Pass):
+    """Round a plan in several ways, keep the one that loses least, then try steps that refine it.
+
+    Rounding to nearest is always among them: what comes out is never worse than that on the samples held back.
+
+    Attributes:
+        among: roundings, each from the float weights; options as in "gptq: samples = 24".
+        after: steps such as "bias-correction", tried in turn on the best so far.
+        target, seed: handed to the steps.
+    """
+
+    among: tuple[str, ...] = ("gptq",)
+    after: tuple[str, ...] = ("bias-correction",)
+    target: str = "onnx"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for text, item in steps_of(self, (*self.among, *self.after)).items():
+            if item.contract != LOSSY or item.stage != "float":
+                raise BadOption(f"'{text}' rounds nothing", "pass 'choose-rounding'", "give roundings, such as gptq")
+
+    def requires(self, model: Model) -> None:
+        """Refuse a lowered model, and one without data."""
+        if model.lowered:
+            raise PassRefused("the model is lowered already", where=model.name)
+        if model.calibration is None:
+            raise PassRefused("it needs calibration data", model.name, "give --calib, or use 'nearest'")
+
+    def adds_bytes(self, model: Model) -> int:
+        """As the greediest of the steps."""
+        return max((item.adds_bytes(model) for item in steps_of(self, (*self.among, *self.after)).values()), default=0)
+
+    def run(self, model: Model, progress: Progress) -> PassReport:
+        """Fill `model.weights`, and what else the kept steps fill; metrics hold every trial."""
+        race = _Race(HeldBack(model), model, progress)
+        for text, item in steps_of(self, tuple(dict.fromkeys((_PLAIN, *self.among)))).items():
+            race.enter(model, (text,), item)
+        for text, item in steps_of(self, self.after).items():
+            race.enter(race.best, (*race.least.steps, text), item)
+        model.weights, model.bias_shift, model.ranges = race.best.weights, race.best.bias_shift, race.best.ranges
+        told, least, plain = " + ".join(race.least.steps), race.least.loss, race.trials[0].loss
+        progress.note(f"choose-rounding: {told}, loss on held-back samples {least:.4g} (to nearest {plain:.4g})")
+        metrics = race.metrics | {"trials": [trial.to_json() for trial in race.trials], "chosen": told}
+        return PassReport(self.registered_name(), len(model.weights), tuple(race.refused), metrics)
+
+
+@dataclass
+class _Race:
+    """Roundings of one plan, and the best of them so far.
+
+    Attributes:
+        judge: says what each loses.
+        best: the model that loses least.
+        progress: shown to the steps.
+        trials: one a step.
+        metrics: of the steps that made the best.
+        refused: what those left alone, and steps that could not be had.
+    """
+
+    judge: HeldBack
+    best: Model
+    progress: Progress
+    trials: list[Trial] = field(default_factory=list[Trial])
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+    refused: list[Refusal] = field(default_factory=list[Refusal])
+
+    @property
+    def least(self) -> Trial:
+        """The trial that made the best."""
+        return min(self.trials, key=lambda trial: trial.loss)
+
+    def enter(self, start: Model, steps: tuple[str, ...], item: Pass) -> None:
+        """Take the last of `steps` on a copy of `start`, and keep the outcome if none lost less."""
+        work, began = start.clone(), time.monotonic()
+        work.calibration = self.judge.fit
+        try:
+            item.requires(work)
+            report = item.run(work, self.progress)
+        except PassRefused as reason:
+            if not self.trials:
+                raise
+            self.refused.append(Refusal(reason.where or work.name, f"{steps[-1]}: {reason.what}"))
+            return
+        spill(work, start)
+        trial = Trial(steps, self.judge.loss(work), time.monotonic() - began)
+        if not self.trials or trial.loss < self.least.loss:
+            self.best = work
+            self.metrics = {**self.metrics, **report.metrics} if len(steps) > 1 else dict(report.metrics)
+            self.refused += report.refused
+        self.trials.append(trial)
