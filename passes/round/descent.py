@@ -6,20 +6,38 @@ Only passes that learn import this file when they run, since it needs torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 
-from qcompiler.passes.round.tuned_twin import TunedTwin
+
+class Learner(Protocol):
+    """What learning asks of a twin."""
+
+    def parameters(self) -> Mapping[str, Sequence[torch.nn.Parameter]]:
+        """What can be learned, by kind."""
+        ...
+
+    def step(self) -> AbstractContextManager[None]:
+        """Samples may be run inside; the gradients of the parameters are there at the end."""
+        ...
+
+    def outputs(self, feed: Mapping[str, npt.NDArray[Any]]) -> tuple[torch.Tensor, ...]:
+        """The outputs for a batch of inputs by name."""
+        ...
 
 
 class Descent:
-    """Adam, or descent by the signs of gradients.
+    """Adam, descent by the signs of gradients, or another optimizer.
 
     Args:
         twin: whose parameters are learned.
-        rates: of the kinds "code", "scale", "range" and "bias"; 0 or none: not learned.
+        rates: of the kinds of parameters that the twin has; 0 or none: not learned.
         sign: every parameter moves by its rate against the sign of its gradient, instead of Adam.
         averages: Adam's decay of first and second moments.
+        make: the optimizer of groups of parameters instead of these.
 
     Attributes:
         optimizer: None where nothing is learned.
@@ -27,11 +45,12 @@ class Descent:
 
     def __init__(
         self,
-        twin: TunedTwin,
+        twin: Learner,
         rates: Mapping[str, float],
         *,
         sign: bool = False,
         averages: tuple[float, float] = (0.9, 0.999),
+        make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
     ) -> None:
         learned = {kind: found for kind, found in twin.parameters().items() if rates.get(kind)}
         self._twin, self._sign = twin, sign
@@ -39,8 +58,8 @@ class Descent:
         self._parameters = [parameter for found in learned.values() for parameter in found]
         for parameter in self._parameters:
             parameter.requires_grad = True
-        groups = [{"params": found} for found in learned.values()]
-        make = torch.optim.SGD if sign else lambda params: torch.optim.Adam(params, betas=averages)
+        groups: list[dict[str, Any]] = [{"params": list(found)} for found in learned.values()]
+        make = make or (torch.optim.SGD if sign else lambda params: torch.optim.Adam(params, betas=averages))
         self.optimizer: torch.optim.Optimizer | None = make(groups) if groups else None
 
     def step(self, loss: Callable[[int], torch.Tensor], samples: Sequence[int], share: float) -> bool:

@@ -13,27 +13,21 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from qcompiler.errors import BadModel, MissingExtra, PassRefused
 from qcompiler.graph.sites import find_sites
 from qcompiler.model import Model
+from qcompiler.passes.round.lesson import Feed, Lesson
 from qcompiler.passes.round.quantized_values import Target, choose_values
 from qcompiler.passes.round.streams import calibration_feeds
-from qcompiler.passes.round.teacher import Teacher
 from qcompiler.pipeline import Pass, PassReport, Refusal, check_numbers
 from qcompiler.progress import Progress
 
 if TYPE_CHECKING:
     from qcompiler.passes.round.tuned_twin import TunedTwin
 
-Array = npt.NDArray[Any]
-Feed = dict[str, Array]
 _TORCH = 200_000_000  # bytes of the program
-_WARM = 5  # steps in which the rates rise
 _DECAY = (0.9, 0.95)  # of Adam's averages: there are only dozens of steps
 
 
@@ -113,12 +107,10 @@ class Tune(Pass):
         """Learn, and keep what is better on the samples held back."""
         if not twin.parameters():
             return self._nothing(model, "nothing is quantized")
-        teacher = Teacher(model, feeds)
-        held = max(1, len(feeds) // 8)
-        train, judges = range(len(feeds) - held), range(len(feeds) - held, len(feeds))
-        before = _judge(twin, teacher, feeds, judges)
-        self._learn(model, twin, teacher, feeds, train, progress)
-        after = _judge(twin, teacher, feeds, judges)
+        lesson = Lesson(model, feeds)
+        before = lesson.judge(twin)
+        self._learn(twin, lesson, progress)
+        after = lesson.judge(twin)
         better = bool(after < before)
         if better:
             twin.commit(model)
@@ -126,51 +118,21 @@ class Tune(Pass):
         changed = len(twin.weights) + len(twin.grids) if better else 0
         return PassReport(self.registered_name(), changed, metrics=metrics)
 
-    def _nothing(self, model: Model, reason: str) -> PassReport:
-        return PassReport(self.registered_name(), 0, (Refusal(model.name, reason),))
-
-    def _learn(
-        self,
-        model: Model,
-        twin: TunedTwin,
-        teacher: Teacher,
-        feeds: Sequence[Feed],
-        train: Sequence[int],
-        progress: Progress,
-    ) -> None:
+    def _learn(self, twin: TunedTwin, lesson: Lesson, progress: Progress) -> None:
         from qcompiler.passes.round.descent import Descent
-        from qcompiler.passes.round.distance import distance
-        from qcompiler.passes.round.training_state import TrainingState
 
         rates = {"range": self.range_rate, "scale": self.scale_rate, "code": self.code_rate, "bias": self.bias_rate}
         descent = Descent(twin, rates, averages=_DECAY)
-        if descent.optimizer is None:
-            return
-        rng = np.random.default_rng(self.seed)
-        order = np.concatenate([rng.permutation(train) for _ in range(self.epochs)])
-        steps = np.array_split(order, -(-len(order) // self.batch))
-        state = TrainingState(model, descent.optimizer, repr(self))
-        done = state.load()
-        loss = lambda sample: distance(twin.outputs(feeds[sample]), teacher[sample])  # noqa: E731
-        for number, step in enumerate(progress.track(steps[done:], "Tuning"), done + 1):
-            share = min(1.0, number / _WARM) * (1 - (number - 1) / len(steps))
-            if not descent.step(loss, step.tolist(), share):
-                return
-            if number % -(-len(steps) // self.epochs) == 0 or number == len(steps):
-                state.save(number)
+        lesson.learn(
+            twin, descent, epochs=self.epochs, batch=self.batch, seed=self.seed, settings=repr(self),
+            progress=progress, label="Tuning",
+        )  # fmt: skip
+
+    def _nothing(self, model: Model, reason: str) -> PassReport:
+        return PassReport(self.registered_name(), 0, (Refusal(model.name, reason),))
 
 
 def _targets(model: Model) -> list[Target]:
     """The values that have a range, as they were chosen."""
     products = {node for site in find_sites(model.ir) for node in site.users if node.op_type != "Gather"}
     return [t for t in choose_values(model.graph, products, outputs=True) if str(t.value.name) in model.ranges]
-
-
-def _judge(twin: TunedTwin, teacher: Teacher, feeds: Sequence[Feed], judges: Sequence[int]) -> float:
-    """Mean loss of some samples."""
-    import torch
-
-    from qcompiler.passes.round.distance import distance
-
-    with torch.no_grad(), twin.step():
-        return float(np.mean([distance(twin.outputs(feeds[i]), teacher[i]).item() for i in judges]))

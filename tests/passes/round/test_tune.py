@@ -16,10 +16,10 @@ from qcompiler.measure.runner import Runner
 from qcompiler.model import Model, StaticRange
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.round.activation_ranges import ActivationRanges
+from qcompiler.passes.round.lesson import Lesson
 from qcompiler.passes.round.nearest import Nearest
 from qcompiler.passes.round.streams import calibration_feeds
-from qcompiler.passes.round.teacher import Teacher
-from qcompiler.passes.round.tune import Tune, _judge, _targets
+from qcompiler.passes.round.tune import Tune, _targets
 from qcompiler.progress import Silent
 from tests.passes.round.small_models import cnn, planned
 
@@ -49,7 +49,7 @@ def test_the_twin_computes_what_the_lowered_model_does() -> None:
 
     model = rounded()
     feeds = calibration_feeds(model, 40, 0)
-    loss = _judge(TunedTwin(model, _targets(model)), Teacher(model, feeds), feeds, range(len(feeds)))
+    loss = Lesson(model, feeds).judge(TunedTwin(model, _targets(model)), range(len(feeds)))
     assert loss == pytest.approx(error(model), rel=0.02)
 
 

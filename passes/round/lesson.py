@@ -1,0 +1,93 @@
+"""End-to-end learning: a twin's outputs are brought back to those of the float model (knowledge distillation).
+
+Only passes that learn use this file; it needs torch when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.model import Model
+from qcompiler.passes.round.teacher import Teacher
+from qcompiler.progress import Progress
+
+if TYPE_CHECKING:
+    from qcompiler.passes.round.descent import Descent, Learner
+
+Feed = dict[str, npt.NDArray[Any]]
+_WARM = 5  # steps in which the rates rise
+
+
+class Lesson:
+    """Samples to learn from, samples to judge by (the last eighth), and what the float model makes of them.
+
+    Attributes:
+        learned, judged: indices of the samples.
+
+    Args:
+        model: its graph is float, and is not edited while this is in use.
+        feeds: samples, two or more.
+    """
+
+    def __init__(self, model: Model, feeds: Sequence[Feed]) -> None:
+        self._model, self._feeds = model, feeds
+        self._teacher = Teacher(model, feeds)
+        held = max(1, len(feeds) // 8)
+        self.learned, self.judged = range(len(feeds) - held), range(len(feeds) - held, len(feeds))
+
+    def judge(self, twin: Learner, samples: Sequence[int] | None = None) -> float:
+        """Mean loss of some samples, those held back if None."""
+        import torch
+
+        from qcompiler.passes.round.distance import distance
+
+        chosen = self.judged if samples is None else samples
+        with torch.no_grad(), twin.step():
+            losses = [distance(twin.outputs(self._feeds[i]), self._teacher[i]).item() for i in chosen]
+        return float(np.mean(losses))
+
+    def learn(
+        self,
+        twin: Learner,
+        descent: Descent,
+        *,
+        epochs: int,
+        batch: int,
+        seed: int,
+        settings: str,
+        progress: Progress,
+        label: str,
+    ) -> None:
+        """Descend, the rates rising in a few steps and then falling to zero; a killed run goes on where it was.
+
+        Args:
+            twin: that `descent` changes.
+            descent: with its rates.
+            epochs: passes over the samples to learn from.
+            batch: samples a step.
+            seed: of their order.
+            settings: all that the result depends on besides the model's graph, data, codes and ranges.
+            progress: shows the steps under `label`.
+            label: see there.
+        """
+        from qcompiler.passes.round.distance import distance
+        from qcompiler.passes.round.training_state import TrainingState
+
+        if descent.optimizer is None:
+            return
+        rng = np.random.default_rng(seed)
+        order = np.concatenate([rng.permutation(self.learned) for _ in range(epochs)])
+        steps = np.array_split(order, -(-len(order) // batch))
+        state = TrainingState(self._model, descent.optimizer, settings)
+        done = state.load()
+        loss = lambda sample: distance(twin.outputs(self._feeds[sample]), self._teacher[sample])  # noqa: E731
+        for number, step in enumerate(progress.track(steps[done:], label), done + 1):
+            share = min(1.0, number / _WARM) * (1 - (number - 1) / len(steps))
+            if not descent.step(loss, step.tolist(), share):
+                return
+            if number % -(-len(steps) // epochs) == 0 or number == len(steps):
+                state.save(number)
