@@ -34,6 +34,18 @@ def rotation(width: int, seed: int = 0, block: int = 0) -> Floats:
     return signs[:, None] * blocks
 
 
+def mean_kept(matrix: Floats) -> Floats:
+    """The nearest thing to an orthogonal matrix that maps the vector of ones to itself: for streams with LayerNorms.
+
+    The matrix, then the reflection that brings what it makes of ones back to ones. Entries of a Hadamard matrix stay
+    about equal: they change by about 1/width where they are 1/sqrt(width).
+    """
+    width = len(matrix)
+    away = matrix.T.sum(1) - 1  # of ones @ matrix
+    length = away @ away
+    return matrix if length < 1e-12 * width else matrix - np.outer(matrix @ away, away) * (2 / length)
+
+
 def largest_block(width: int) -> int:
     """The largest divisor of a width that is the order of a known Hadamard matrix; 1 if the width is odd."""
     divisors = (d for d in range(width, 0, -1) if width % d == 0)

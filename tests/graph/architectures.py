@@ -256,6 +256,18 @@ def vit() -> ir.Model:
     return net.model(net.op("Gemm", first, net.random(10, WIDTH), net.random(10), transB=1))
 
 
+def bert() -> ir.Model:
+    """Norms behind the sums: BERT and the original transformer."""
+    net = Net(11)
+    _, x = _tokens(net)
+    x = net.layer_norm(net.op("Add", x, net.random(1, SEQ, WIDTH)))
+    for _ in range(LAYERS):
+        mixed = net.attention(*(net.heads(net.linear(x, WIDTH, WIDTH), HEADS) for _ in range(3)))
+        x = net.layer_norm(net.op("Add", x, net.linear(mixed, WIDTH, WIDTH)))
+        x = net.layer_norm(net.op("Add", x, net.linear(net.gelu(net.linear(x, WIDTH, 24)), 24, WIDTH)))
+    return net.model(net.linear(x, WIDTH, 10))
+
+
 def mobilenet(clip: bool = True) -> ir.Model:
     """Inverted residuals: 1x1, depthwise, 1x1, with ReLU6 (or ReLU)."""
     net = Net(9)
@@ -300,6 +312,7 @@ ARCHITECTURES: dict[str, Callable[[], ir.Model]] = {
     "gemma": gemma,
     "parallel": parallel,
     "vit": vit,
+    "bert": bert,
     "mobilenet": mobilenet,
     "mobilenet-relu": lambda: mobilenet(clip=False),
     "resnet": resnet,

@@ -34,6 +34,15 @@ def reshaping(region: Region, node: ir.Node) -> None:
         region.put(node, 0, reshape(result.labels, after, before), result.sign, "data")
 
 
+def moved_back(labels: Labels, node: ir.Node) -> Labels:
+    """Labels of the output of a Reshape or Transpose as labels of its input."""
+    if node.op_type == "Transpose":
+        perm = node.attributes.get("perm")
+        return np.transpose(labels, None if perm is None else np.argsort(perm.as_ints()))
+    before, after = _named(node)
+    return reshape(labels, after, before)
+
+
 def _named(node: ir.Node) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
     """Shapes before and after; unknown axes that a Reshape copies get one name on both sides."""
     assert node.inputs[0] is not None

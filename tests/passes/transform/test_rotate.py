@@ -9,7 +9,7 @@ from qcompiler.errors import BadOption, PassRefused
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
-from qcompiler.passes.transform.hadamard import hadamard, largest_block, rotation
+from qcompiler.passes.transform.hadamard import hadamard, largest_block, mean_kept, rotation
 from qcompiler.passes.transform.rotate import Rotate
 from qcompiler.pipeline import PassReport, Pipeline
 from tests.graph.architectures import ARCHITECTURES, LAYERS, WIDTH, Net, feeds_for, inject_outliers
@@ -43,6 +43,24 @@ def test_widths_without_a_hadamard_matrix_get_blocks() -> None:
         rotation(36, block=8)
     with pytest.raises(ValueError, match="order 3"):
         hadamard(3)
+
+
+def test_a_matrix_that_keeps_the_mean_is_nearly_flat() -> None:
+    q = mean_kept(rotation(576, 3))
+    assert np.abs(q @ q.T - np.eye(64)).max() < 1e-12
+    assert np.abs(q.sum(0) - 1).max() < 1e-12
+    assert np.abs(q.sum(1) - 1).max() < 1e-12
+    assert np.abs(q).max() < 2 / 24  # 1 / 24 before
+    assert np.array_equal(mean_kept(np.eye(5)), np.eye(5))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "parallel", "vit"])
+def test_streams_between_layer_norms_turn_and_the_norms_stay(name: str) -> None:
+    model = model_of(ARCHITECTURES[name]())
+    kinds = [node.op_type for node in model.graph]
+    (facts,) = run(model, Rotate()).metrics["streams"].values()
+    assert facts["width"] == WIDTH
+    assert [node.op_type for node in model.graph] == kinds
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-gqa", "llama-interleaved", "llama-fused", "qwen"])
@@ -98,7 +116,9 @@ def test_a_gain_of_zero_stops_it_and_leaves_nothing_behind() -> None:
     assert set(model.graph.initializers) == names
 
 
-@pytest.mark.parametrize(("name", "reason"), [("gpt2", "LayerNormalization"), ("mobilenet", "cannot cross")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("bert", "cannot cross LayerNormalization"), ("mobilenet", "cannot cross")]
+)
 def test_what_cannot_be_turned_is_left_alone_with_the_reason(name: str, reason: str) -> None:
     model = model_of(ARCHITECTURES[name]())
     report = run(model, Rotate())
