@@ -1,7 +1,11 @@
-"""Corrections of sites: two small products beside a product, whose constants are stored with the site's weight."""
+"""Corrections of sites: two small products beside a product, whose constants are stored with the site's weight.
+
+They are standard operations (Cast, MatMul, Add), which every runtime has and every engine here can follow.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,37 +16,48 @@ from qcompiler.graph.folds.region import bias_add
 from qcompiler.graph.sites import BRANCH, Site
 
 
-def add_branch(graph: ir.Graph, site: Site, left: npt.NDArray[Any], right: npt.NDArray[Any]) -> None:
-    """Take `left @ right` from the weight of a MatMul or Gemm, and add x right^T left^T behind it (and its bias).
+def add_branch(
+    graph: ir.Graph, sites: Sequence[Site], lefts: Sequence[npt.NDArray[Any]], right: npt.NDArray[Any]
+) -> None:
+    """Take `left @ right` from each weight, and add x right^T left^T behind its operation (and the bias of that).
 
     The function of the graph stays as it is. The factors are constants of their own type, cast to that of the weight.
+    Sites that read the same value share the product x right^T; `right` is stored with the first of them.
 
     Args:
         graph: float.
-        site: of one user, a matrix.
-        left: float16 [rows, rank].
+        sites: MatMul or Gemm of one user, with a matrix, that read one value; in topological order.
+        lefts: float16 [rows, rank], one a site.
         right: float16 [rank, columns].
     """
-    tensor = site.weight.const_value
-    source = site.node.inputs[0]
-    assert tensor is not None
+    first, source = sites[0], sites[0].node.inputs[0]
     assert source is not None
-    product = left.astype(np.float32) @ right.astype(np.float32)
+    down = _factor(graph, first, 0, right.T, source)
+    graph.insert_before(first.node, down)
+    for site, left in zip(sites, lefts, strict=True):
+        _take(site, left.astype(np.float32) @ right.astype(np.float32))
+        up = _factor(graph, site, 1, left.T, down[-1].outputs[0])
+        found = bias_add(site.node) if site.op == "MatMul" else None
+        _add_behind(graph, site.node if found is None else found[0], up, up[-1].outputs[0])
+
+
+def _take(site: Site, product: npt.NDArray[np.float32]) -> None:
+    """Take a matrix [rows, columns] from a weight."""
+    tensor = site.weight.const_value
+    assert tensor is not None
     rest = site.from_matrix((site.matrix() - product).astype(tensor.dtype.numpy()))
     site.weight.const_value = ir.tensor(rest, name=site.weight.name)
-    name = str(site.weight.name)
-    nodes: list[ir.Node] = []
-    value = source
-    for number, factor in enumerate((right.T, left.T)):
-        constant = _constant(graph, f"{name}_branch{number}", np.ascontiguousarray(factor))
-        constant.metadata_props[BRANCH] = name
-        cast = _node("Cast", [constant], f"{name}_branch{number}_cast", tensor.dtype, constant.shape)
-        cast.attributes["to"] = ir.AttrInt64("to", tensor.dtype.value)
-        shape = None if source.shape is None else ir.Shape([*source.shape[:-1], factor.shape[1]])
-        nodes += [cast, _node("MatMul", [value, cast.outputs[0]], f"{name}_branch{number}_out", tensor.dtype, shape)]
-        value = nodes[-1].outputs[0]
-    found = bias_add(site.node) if site.op == "MatMul" else None
-    _add_behind(graph, site.node if found is None else found[0], nodes, value)
+
+
+def _factor(graph: ir.Graph, site: Site, number: int, matrix: npt.NDArray[Any], value: ir.Value) -> list[ir.Node]:
+    """The nodes of value @ matrix, not in the graph yet; the matrix is a constant that belongs to the site."""
+    dtype, name = site.weight.dtype or ir.DataType.FLOAT, f"{site.weight.name}_branch{number}"
+    constant = _constant(graph, name, np.ascontiguousarray(matrix))
+    constant.metadata_props[BRANCH] = str(site.weight.name)
+    cast = _node("Cast", [constant], f"{name}_cast", dtype, constant.shape)
+    cast.attributes["to"] = ir.AttrInt64("to", dtype.value)
+    shape = None if value.shape is None else ir.Shape([*value.shape[:-1], matrix.shape[1]])
+    return [cast, _node("MatMul", [value, cast.outputs[0]], f"{name}_out", dtype, shape)]
 
 
 def _constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:

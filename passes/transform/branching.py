@@ -1,0 +1,135 @@
+"""Which sites can have a low-rank branch, what it may store, and putting it beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.errors import Refusal
+from qcompiler.formats import QuantSpec
+from qcompiler.formats.base import Floats
+from qcompiler.graph.branches import add_branch
+from qcompiler.graph.sites import Site
+from qcompiler.model import Model
+from qcompiler.passes.transform.factors import Factors, Rounding
+
+BITS = 16  # of a stored number
+
+
+@dataclass(frozen=True, eq=False)
+class Readers:
+    """Sites that read one value and share the first product of their branch; their weights lie one upon the other.
+
+    Attributes:
+        value: what they read.
+        sites: in topological order.
+        specs: in which format each of them is stored.
+    """
+
+    value: ir.Value
+    sites: tuple[Site, ...]
+    specs: tuple[QuantSpec, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the value."""
+        return self.value.name or "?"
+
+    @property
+    def rows(self) -> int:
+        """Of all weights."""
+        return sum(site.rows for site in self.sites)
+
+    @property
+    def columns(self) -> int:
+        """Of each weight."""
+        return self.sites[0].columns
+
+    @property
+    def rounding(self) -> Rounding:
+        """How they are rounded."""
+        return Rounding([(site.rows, spec) for site, spec in zip(self.sites, self.specs, strict=True)])
+
+    def matrix(self) -> Floats:
+        """All weights, float32 [rows, columns]."""
+        return np.concatenate([site.matrix() for site in self.sites])
+
+    def split(self, matrix: Floats) -> list[Floats]:
+        """Rows of a matrix, site by site."""
+        return np.split(matrix, np.cumsum([site.rows for site in self.sites])[:-1])
+
+    def rank(self, most: int, share: float) -> int | Refusal:
+        """The rank of a branch: at most `most`, storing at most `share` bits per weight.
+
+        Returns:
+            A rank, or why there is none.
+        """
+        count = self.rows * self.columns
+        rank = min(most, int(share * count / (BITS * (self.rows + self.columns))))
+        if rank < 1:
+            return Refusal(self.name, f"a branch of rank 1 stores more than {share:g} bits per weight")
+        if rank >= min(self.rows, self.columns):
+            return Refusal(self.name, f"a branch of rank {rank} is no smaller than the weights")
+        return rank
+
+
+def readers(formats: Iterable[tuple[Site, QuantSpec]], *, share: bool = True) -> tuple[list[Readers], list[Refusal]]:
+    """The sites that can have a branch, those that read one value together, and why the others have none.
+
+    Args:
+        formats: sites in topological order with their formats.
+        share: whether sites that read one value are together.
+    """
+    refused: list[Refusal] = []
+    found: dict[object, list[tuple[Site, QuantSpec]]] = {}
+    for site, spec in formats:
+        reason = unfit(site) or _unfit_numbers(site)
+        if reason is None:
+            found.setdefault((site.activation, site.columns, site.weight.dtype) if share else site, []).append(
+                (site, spec)
+            )
+        else:
+            refused.append(Refusal(site.name, f"no branch: {reason}"))
+    groups: list[Readers] = []
+    for members in found.values():
+        sites, specs = zip(*members, strict=True)
+        assert sites[0].activation is not None
+        groups.append(Readers(sites[0].activation, sites, specs))
+    return groups, refused
+
+
+def unfit(site: Site) -> str | None:
+    """Why a site can have no branch, as its operation is."""
+    if site.op not in ("MatMul", "Gemm") or len(site.shape) != 2:
+        return "only products with one matrix have them"
+    if len(site.users) > 1:
+        return "several operations read the weight"
+    if site.branch:
+        return "it has one"
+    numbers = (site.node.attributes.get(name) for name in ("alpha", "beta"))
+    if any(a is not None and a.as_float() != 1 for a in numbers):
+        return "its Gemm multiplies by a number"
+    return None
+
+
+def _unfit_numbers(site: Site) -> str | None:
+    matrix = site.matrix()
+    if not np.isfinite(matrix).all():
+        return "its weight holds NaN or infinity"
+    return None if matrix.any() else "its weight is zero"
+
+
+def put_beside(model: Model, group: Readers, factors: Factors) -> dict[str, dict[str, int]]:
+    """Take the product of the factors from the weights, and put the branch beside them.
+
+    Returns:
+        By name of a site the rank of its branch, and the bytes stored with it (the shared factor with the first).
+    """
+    lefts = [left.astype(np.float16) for left in group.split(factors.left)]
+    right = factors.right.astype(np.float16)
+    add_branch(model.graph, group.sites, lefts, right)
+    sizes = [left.nbytes + (0 if number else right.nbytes) for number, left in enumerate(lefts)]
+    return {site.name: {"rank": len(right), "bytes": size} for site, size in zip(group.sites, sizes, strict=True)}
