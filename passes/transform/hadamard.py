@@ -15,13 +15,14 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 
-def rotation(width: int, seed: int = 0, block: int = 0) -> Floats:
+def rotation(width: int, seed: int = 0, block: int = 0, *, keep_mean: bool = False) -> Floats:
     """A random orthogonal matrix, diag(+-1) H / sqrt(block), float64 [width, width].
 
     Args:
         width: of what it turns.
         seed: of the signs.
         block: order of the Hadamard blocks; 0: the largest.
+        keep_mean: make one that maps the vector of ones to itself, see `mean_kept`.
 
     Raises:
         ValueError: the blocks don't divide the width, or no such Hadamard matrix is known.
@@ -29,16 +30,17 @@ def rotation(width: int, seed: int = 0, block: int = 0) -> Floats:
     size = block or largest_block(width)
     if width < 1 or width % size:
         raise ValueError(f"blocks of {size} don't divide {width}")
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], width)
-    blocks = np.kron(np.eye(width // size), hadamard(size) / np.sqrt(size))
-    return signs[:, None] * blocks
+    rng = np.random.default_rng(seed)
+    matrix = rng.choice([-1.0, 1.0], (width, 1)) * np.kron(np.eye(width // size), hadamard(size) / np.sqrt(size))
+    # Without signs of columns one row would sum to sqrt(size), and the reflection would be in that row.
+    return mean_kept(matrix * rng.choice([-1.0, 1.0], width)) if keep_mean else matrix
 
 
 def mean_kept(matrix: Floats) -> Floats:
     """The nearest thing to an orthogonal matrix that maps the vector of ones to itself: for streams with LayerNorms.
 
-    The matrix, then the reflection that brings what it makes of ones back to ones. Entries of a Hadamard matrix stay
-    about equal: they change by about 1/width where they are 1/sqrt(width).
+    The matrix, then the reflection that brings what it makes of ones back to ones. Entries of a Hadamard matrix with
+    random signs stay about equal: they change by about 1/width where they are 1/sqrt(width).
     """
     width = len(matrix)
     away = matrix.T.sum(1) - 1  # of ones @ matrix

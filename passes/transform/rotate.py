@@ -13,7 +13,7 @@ from qcompiler.errors import BadOption, Refusal
 from qcompiler.graph.folds import Stream, find_stream
 from qcompiler.graph.topology import residual_streams
 from qcompiler.model import Model
-from qcompiler.passes.transform.hadamard import largest_block, mean_kept, rotation
+from qcompiler.passes.transform.hadamard import largest_block, rotation
 from qcompiler.passes.transform.inputs import require_float
 from qcompiler.pipeline import EXACT, Pass, PassReport
 from qcompiler.progress import Progress
@@ -76,8 +76,7 @@ class Rotate(Pass):
             _take_out(model, products)
             return stuck[0]
         before = _peak(stream)
-        matrix = rotation(stream.width, self.seed + number, block)
-        stream.rotate(mean_kept(matrix) if stream.keeps_mean else matrix)
+        stream.rotate(rotation(stream.width, self.seed + number, block, keep_mean=bool(stream.keeps_mean)))
         facts = {"width": stream.width, "block": block, "writers": len(stream.writers), "readers": len(stream.readers)}
         turned[name] = facts | {
             "inserted": [node.name for node in products],
