@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from qcompiler.errors import BadOption, PassRefused, Refusal
@@ -25,17 +26,19 @@ class ChooseRounding(Pass):
 
     Attributes:
         among: roundings, each from the float weights; options as in "gptq: samples = 24".
-        after: steps such as "bias-correction", tried in turn on the best so far.
+        then: steps that the best of them gets in any case, such as ranges of activations.
+        after: steps that refine it, tried in turn; one that doesn't lower the loss is undone.
         target, seed: handed to the steps.
     """
 
     among: tuple[str, ...] = ("gptq",)
+    then: tuple[str, ...] = ("activation-ranges",)
     after: tuple[str, ...] = ("bias-correction",)
     target: str = "onnx"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for text, item in steps_of(self, (*self.among, *self.after)).items():
+        for text, item in steps_of(self, (*self.among, *self.then, *self.after)).items():
             if item.contract != LOSSY or item.stage != "float":
                 raise BadOption(f"'{text}' rounds nothing", "pass 'choose-rounding'", "give roundings, such as gptq")
 
@@ -48,17 +51,23 @@ class ChooseRounding(Pass):
 
     def adds_bytes(self, model: Model) -> int:
         """As the greediest of the steps."""
-        return max((item.adds_bytes(model) for item in steps_of(self, (*self.among, *self.after)).values()), default=0)
+        return max(
+            (item.adds_bytes(model) for item in steps_of(self, (*self.among, *self.then, *self.after)).values()),
+            default=0,
+        )
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.weights`, and what else the kept steps fill; metrics hold every trial."""
         race = _Race(HeldBack(model), model, progress)
         for text, item in steps_of(self, tuple(dict.fromkeys((_PLAIN, *self.among)))).items():
             race.enter(model, (text,), item)
+        plain, least = race.trials[0].loss, race.least.loss
+        for text, item in steps_of(self, self.then).items():
+            race.go_on(text, item)
         for text, item in steps_of(self, self.after).items():
-            race.enter(race.best, (*race.least.steps, text), item)
+            race.enter(race.best, (*race.steps, text), item)
         model.weights, model.bias_shift, model.ranges = race.best.weights, race.best.bias_shift, race.best.ranges
-        told, least, plain = " + ".join(race.least.steps), race.least.loss, race.trials[0].loss
+        told = " + ".join(race.steps)
         progress.note(f"choose-rounding: {told}, loss on held-back samples {least:.4g} (to nearest {plain:.4g})")
         metrics = race.metrics | {"trials": [trial.to_json() for trial in race.trials], "chosen": told}
         return PassReport(self.registered_name(), len(model.weights), tuple(race.refused), metrics)
@@ -72,6 +81,7 @@ class _Race:
         judge: says what each loses.
         best: the model that loses least.
         progress: shown to the steps.
+        least: the trial that made it.
         trials: one a step.
         metrics: of the steps that made the best.
         refused: what those left alone, and steps that could not be had.
@@ -80,31 +90,47 @@ class _Race:
     judge: HeldBack
     best: Model
     progress: Progress
+    least: Trial = field(default_factory=lambda: Trial((), inf, 0.0))
     trials: list[Trial] = field(default_factory=list[Trial])
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
     refused: list[Refusal] = field(default_factory=list[Refusal])
 
     @property
-    def least(self) -> Trial:
-        """The trial that made the best."""
-        return min(self.trials, key=lambda trial: trial.loss)
+    def steps(self) -> tuple[str, ...]:
+        """That made the best."""
+        return self.least.steps
 
     def enter(self, start: Model, steps: tuple[str, ...], item: Pass) -> None:
         """Take the last of `steps` on a copy of `start`, and keep the outcome if none lost less."""
-        work, began = start.clone(), time.monotonic()
-        work.calibration = self.judge.fit
+        began = time.monotonic()
         try:
-            item.requires(work)
-            report = item.run(work, self.progress)
+            work, report = self._taken(start, item)
         except PassRefused as reason:
             if not self.trials:
                 raise
-            self.refused.append(Refusal(reason.where or work.name, f"{steps[-1]}: {reason.what}"))
+            self.refused.append(Refusal(reason.where or start.name, f"{steps[-1]}: {reason.what}"))
             return
-        spill(work, start)
         trial = Trial(steps, self.judge.loss(work), time.monotonic() - began)
-        if not self.trials or trial.loss < self.least.loss:
-            self.best = work
+        if trial.loss < self.least.loss or not self.trials:
+            self.best, self.least = work, trial
             self.metrics = {**self.metrics, **report.metrics} if len(steps) > 1 else dict(report.metrics)
             self.refused += report.refused
         self.trials.append(trial)
+
+    def go_on(self, text: str, item: Pass) -> None:
+        """Take a step on the best in any case."""
+        began = time.monotonic()
+        self.best, report = self._taken(self.best, item)
+        self.metrics |= report.metrics
+        self.refused += report.refused
+        if report.changed:
+            self.least = Trial((*self.steps, text), self.judge.loss(self.best), time.monotonic() - began)
+            self.trials.append(self.least)
+
+    def _taken(self, start: Model, item: Pass) -> tuple[Model, PassReport]:
+        work = start.clone()
+        work.calibration = self.judge.fit
+        item.requires(work)
+        report = item.run(work, self.progress)
+        spill(work, start)
+        return work, report

@@ -1,0 +1,207 @@
+"""Choosing transforms and rounding by trials: what is tried, what is kept, what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import pytest
+
+from qcompiler import registry
+from qcompiler.calibration import Calibration
+from qcompiler.errors import BadOption, PassRefused
+from qcompiler.formats.fit import quantize
+from qcompiler.measure.cache import Cache
+from qcompiler.measure.runner import Runner
+from qcompiler.model import Model
+from qcompiler.passes.plan.uniform import Uniform
+from qcompiler.passes.search.choose_rounding import ChooseRounding
+from qcompiler.passes.search.choose_transforms import ChooseTransforms
+from qcompiler.passes.search.held_back import HeldBack
+from qcompiler.passes.search.trials import Trial, interactions
+from qcompiler.pipeline import Pass, PassReport, parse_pass
+from qcompiler.progress import Progress, Silent
+from tests.graph.architectures import feeds_for, inject_outliers, llama
+from tests.passes.round.small_models import cnn, mlp
+
+
+@dataclass(frozen=True)
+class Wreck(Pass):
+    """Rounding that is worse than any other."""
+
+    def run(self, model: Model, progress: Progress) -> PassReport:
+        from qcompiler.graph.sites import find_sites
+
+        for site in find_sites(model.ir):
+            spec = model.plan.sites[site.name].weight
+            assert spec is not None
+            model.weights[site.name] = quantize(-site.matrix(), spec)
+        return PassReport("wreck", 1)
+
+
+@dataclass(frozen=True)
+class Refuses(Pass):
+    """Never runs."""
+
+    contract: ClassVar[Literal["exact", "lossy"]] = "exact"
+
+    def requires(self, model: Model) -> None:
+        raise PassRefused("not here", "everywhere")
+
+    def run(self, model: Model, progress: Progress) -> PassReport:
+        raise AssertionError("it refused")
+
+
+@pytest.fixture(autouse=True)
+def more_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.names("passes"), "wreck", f"{__name__}:Wreck")
+    monkeypatch.setitem(registry.names("passes"), "refuses", f"{__name__}:Refuses")
+
+
+def loud_llama() -> Model:
+    """A small transformer with outlier channels."""
+    graph = llama()
+    inject_outliers(graph)
+    model = Model(graph)
+    model.calibration = Calibration.from_iterable([feeds_for(graph, seed) for seed in range(8)], graph)
+    return model
+
+
+def outputs(model: Model) -> dict[str, np.ndarray]:
+    assert model.calibration is not None
+    return Runner(model.ir)(next(iter(model.calibration.batches(4, 4))))
+
+
+def test_rounding_is_never_worse_than_to_nearest() -> None:
+    model = mlp()
+    Uniform(spec="int3-sym-channel-fp16").run(model, Silent())
+    report = ChooseRounding(among=("wreck",), after=("wreck",)).run(model, Silent())
+    losses = {tuple(row["steps"]): row["loss"] for row in report.metrics["trials"]}
+    assert report.metrics["chosen"] == "nearest"
+    assert losses["wreck",] > losses["nearest",] > 0
+    assert HeldBack(model).loss(model) == pytest.approx(losses["nearest",])
+
+
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_the_best_rounding_is_kept_and_refined(make: Callable[[], Model]) -> None:
+    model = make()
+    data = model.calibration
+    Uniform(spec="int3-sym-channel-fp16").run(model, Silent())
+    report = ChooseRounding(among=("wreck", "gptq: sweeps = 1"), after=("bias-correction",)).run(model, Silent())
+    losses = {tuple(row["steps"]): row["loss"] for row in report.metrics["trials"]}
+    assert len(losses) == 4
+    assert losses["gptq: sweeps = 1",] < losses["nearest",]
+    best = min(losses, key=lambda steps: losses[steps])
+    assert report.metrics["chosen"] == " + ".join(best)
+    assert HeldBack(model).loss(model) == pytest.approx(losses[best])
+    assert model.calibration is data
+
+
+def test_static_ranges_come_between_rounding_and_refinement() -> None:
+    model = cnn()
+    Uniform(spec="int8-sym-channel-fp16", activation="static", target="cpu").run(model, Silent())
+    report = ChooseRounding(among=("gptq",), after=("bias-correction",)).run(model, Silent())
+    assert model.ranges
+    rows = {tuple(row["steps"]): row["loss"] for row in report.metrics["trials"]}
+    rounded = next(steps for steps in rows if steps[-1] == "activation-ranges")
+    assert rows[rounded] > rows[rounded[:-1]]  # quantized activations cost something, and are there nevertheless
+    assert (*rounded, "bias-correction") in rows
+    assert HeldBack(model).loss(model) == pytest.approx(min(rows[rounded], rows[*rounded, "bias-correction"]))
+
+
+def test_a_rounding_that_refuses_is_reported() -> None:
+    model = mlp()
+    Uniform(spec="int4-sym-channel-fp16").run(model, Silent())
+    report = ChooseRounding(among=("gptq: samples = 8",), after=()).run(model, Silent())
+    assert report.refused == ()
+    model.weights.clear()
+    assert model.calibration is not None
+    short = model.calibration.take(3)
+    model.calibration = short
+    with pytest.raises(PassRefused, match="too few to hold one back"):
+        ChooseRounding().run(model, Silent())
+
+
+def test_transforms_are_chosen_by_the_rounded_loss() -> None:
+    model = loud_llama()
+    before = outputs(model)
+    chooser = ChooseTransforms(
+        among=("scale-fold", "smooth", "rotate"), rounding="nearest", budget=("4bits",), pairs=True
+    )
+    report = chooser.run(model, Silent())
+    rows = report.metrics["trials"]
+    losses = {tuple(row["steps"]): row["loss"] for row in rows}
+    assert {(), ("scale-fold",), ("smooth",), ("rotate",), ("scale-fold", "smooth")} <= set(losses)
+    chosen = tuple(report.metrics["chosen"].split(" + "))
+    assert losses[chosen] < 0.9 * losses[()]  # there are outliers to take away
+    assert losses[chosen] * 0.99 <= min(losses.values())
+    pairs = {(row["first"], row["second"]): row for row in report.metrics["interactions"]}
+    row = pairs["scale-fold", "smooth"]
+    alone = [np.log(losses[()] / losses[step,]) for step in ("scale-fold", "smooth")]
+    assert row["alone"] == pytest.approx(alone)
+    assert row["interaction"] == pytest.approx(np.log(losses[()] / losses["scale-fold", "smooth"]) - sum(alone))
+    for name, value in outputs(model).items():
+        np.testing.assert_allclose(value, before[name], rtol=1e-3, atol=1e-3 * np.abs(before[name]).max())
+
+
+def test_nothing_is_applied_where_nothing_helps() -> None:
+    model = mlp()
+    weights = {name: v.const_value for name, v in model.graph.initializers.items()}
+    report = ChooseTransforms(among=("scale-fold", "refuses"), rounding="nearest").run(model, Silent())
+    assert report.metrics["chosen"] == "none helps"
+    assert {name: v.const_value for name, v in model.graph.initializers.items()} == weights
+    refused = [row for row in report.metrics["trials"] if row["refused"]]
+    assert [row["steps"] for row in refused] == [["refuses"]]
+    assert refused[0]["loss"] is None
+
+
+def test_without_time_the_start_is_taken_untried() -> None:
+    model = loud_llama()
+    report = ChooseTransforms(among=("smooth", "scale-fold"), start=("scale-fold",), seconds=0).run(model, Silent())
+    assert report.metrics["chosen"] == "scale-fold"
+    assert len(report.metrics["trials"]) == 1
+
+
+def test_trials_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chooser = ChooseTransforms(among=("scale-fold",), rounding="nearest", budget=("3bits",))
+    first = loud_llama()
+    first.cache = Cache(tmp_path)
+    report = chooser.run(first, Silent())
+    again = loud_llama()
+    again.cache = Cache(tmp_path)
+    monkeypatch.setattr(HeldBack, "loss", lambda *_: pytest.fail("measured again"))
+    assert chooser.run(again, Silent()).metrics["trials"] == report.metrics["trials"]
+
+
+def test_interactions_need_all_four_trials() -> None:
+    trials = [Trial((), 8.0, 0), Trial(("a",), 4.0, 0), Trial(("b",), 4.0, 0), Trial(("a", "b"), 4.0, 0)]
+    (row,) = interactions(trials)
+    assert row["interaction"] == pytest.approx(-np.log(2))
+    assert interactions(trials[1:]) == []
+    assert interactions([*trials[:3], Trial(("a", "b"), float("inf"), 0, "no")]) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["gptq: sweeps", "gptq: swoops = 1", "none-such", "gptq: name = 'x'", "gptq: samples = 'x'"]
+)
+def test_a_pass_that_is_written_wrongly_is_named(text: str) -> None:
+    with pytest.raises(BadOption):
+        parse_pass(text, "here")
+    with pytest.raises(BadOption):
+        ChooseRounding(among=(text,))
+
+
+def test_options_that_mean_nothing() -> None:
+    with pytest.raises(BadOption, match="exact"):
+        ChooseTransforms(among=("gptq",))
+    with pytest.raises(BadOption, match="rounds nothing"):
+        ChooseRounding(among=("smooth",))
+    with pytest.raises(BadOption, match="among"):
+        ChooseTransforms(among=("smooth",), start=("rotate",))
+    with pytest.raises(BadOption, match="activations"):
+        ChooseTransforms(activations="sometimes")
+    with pytest.raises(BadOption, match="seconds"):
+        ChooseTransforms(seconds=float("nan"))
