@@ -24,6 +24,7 @@ LAYERS = [
 TORCH_FILES = (
     "torch_ops.py",
     "torch_nn_ops.py",
+    "learning_twin.py",
     "tuned_twin.py",
     "learned_weights.py",
     "recomputed.py",

@@ -1,60 +1,29 @@
 """A quantized model as a differentiable twin whose weights, activation ranges and biases can be learned.
 
-Only passes that learn import this file when they run, since it needs torch. Activation grids pass gradients straight
-through their rounding; the ends of a grid get the gradients of LSQ (Esser et al., "Learned Step Size Quantization",
-2020) with a zero point (Bhalgat et al., "LSQ+", 2020).
+Only passes that learn import this file when they run, since it needs torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from qcompiler.capture.normalize import root_cause
 from qcompiler.errors import BadModel
 from qcompiler.graph.sites import Site, find_sites
-from qcompiler.measure.fx_twin import fx_twin
-from qcompiler.measure.segments import Segments
 from qcompiler.model import Model, StaticRange
 from qcompiler.passes.lower.bias import has_bias
 from qcompiler.passes.round.learned_weights import Codes, LearnedWeight
-from qcompiler.passes.round.quantized_values import Target, bounds_of
-from qcompiler.passes.round.recomputed import recomputed
+from qcompiler.passes.round.learning_twin import Grid, LearningTwin
+from qcompiler.passes.round.quantized_values import Target
 from qcompiler.passes.round.rows import block_count
+from qcompiler.passes.round.streams import narrow_rows
 
 Floats = npt.NDArray[np.float32]
-_LEVELS = 255
-_NARROWEST = 1e-6
-
-
-class Grid(torch.nn.Module):
-    """A static uint8 grid; `ends` holds how far its ends were moved, in shares of the first span."""
-
-    def __init__(self, target: Target, start: StaticRange) -> None:
-        super().__init__()
-        self.target = target
-        self._low, self._high = start.low, start.high
-        self.ends = torch.nn.Parameter(torch.zeros(2))
-
-    def found(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ends; zero stays inside, and they stay within the bounds of the target."""
-        moved = self.ends * (self._high - self._low)
-        low = (self._low + moved[0]).clamp(max(self.target.low, -1e30), 0.0)
-        return low, (self._high + moved[1]).clamp(_NARROWEST, max(min(self.target.high, 1e30), _NARROWEST))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Round to the grid."""
-        low, high = self.found()
-        scale = (high - low) / _LEVELS
-        zero = -low / scale
-        quantize = torch.ops.aten._fake_quantize_learnable_per_tensor_affine  # LSQ's kernel has no public name
-        return quantize(x, scale.reshape(1), zero.reshape(1), 0, _LEVELS, 1.0)
 
 
 class Shift(torch.nn.Module):
@@ -70,7 +39,7 @@ class Shift(torch.nn.Module):
         return x + self.value.reshape(self._shape)
 
 
-class TunedTwin:
+class TunedTwin(LearningTwin):
     """The twin of a rounded model.
 
     Args:
@@ -86,25 +55,22 @@ class TunedTwin:
     """
 
     def __init__(self, model: Model, targets: Sequence[Target], codes: Codes = "fixed") -> None:
-        sites = [s for s in find_sites(model.ir) if s.name in model.weights]
-        self.module = fx_twin(model.ir)
-        self.module.requires_grad_(requires_grad=False)
-        self._inputs = [str(value.name) for value in model.graph.inputs if value.const_value is None]
+        rows = narrow_rows(model.plan)
         # An activation grid's steps are no finer than bfloat16: only what has none is computed in it.
-        self._narrow = not model.ranges and _has_fast_bfloat16()
-        self._at = {node.meta["value"]: node for node in self.module.graph.nodes if "value" in node.meta}
+        super().__init__(model, narrow=not model.ranges and not rows)
+        sites = [s for s in find_sites(model.ir) if s.name in model.weights]
         self.weights = {site.name: self._learned(model, site, codes) for site in sites}
         self.grids: dict[str, Grid] = {}
         self.shifts: dict[str, Shift] = {}
         for site in (s for s in sites if s.op != "Gather" and block_count(s) in (1, s.groups)):
             if site.name in model.bias_shift or has_bias(site):
                 self._add_shift(site, model.bias_shift.get(site.name))
+        for site in (s for s in sites if s.name in rows):
+            self.insert_rows(site, rows[site.name])
         values = {str(v.name): v for node in model.graph for v in node.outputs}
         for target in targets:
             self._add_grid(target, values.get(str(target.value.name)), model.ranges)
-        self.module.graph.eliminate_dead_code()
-        self.module.recompile()
-        self.module = recomputed(self.module, {n: s.index for s in Segments(model.ir) for n in s.made})
+        self.close(model)
 
     def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
         """What can be learned: "scale", "code", "range" and "bias" -> parameters, those that there are."""
@@ -126,20 +92,6 @@ class TunedTwin:
         for weight in self.weights.values():
             weight.collect()
 
-    def outputs(self, feed: Mapping[str, npt.NDArray[Any]]) -> tuple[torch.Tensor, ...]:
-        """The graph's outputs for a batch of its inputs by name; inside `step` only.
-
-        Raises:
-            BadModel: an operation has no differentiable form with these inputs or attributes.
-        """
-        inputs = [torch.from_numpy(np.asarray(feed[name])) for name in self._inputs]
-        try:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._narrow):
-                return self.module(*inputs)
-        except (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError) as error:
-            what = f"its differentiable form does not run ({root_cause(error)})"
-            raise BadModel(what, fix="use passes without gradients, or --effort low") from error
-
     def commit(self, model: Model) -> None:
         """Write what was learned to the side tables of the model."""
         for name, grid in self.grids.items():
@@ -152,8 +104,8 @@ class TunedTwin:
             model.weights[name] = weight.result()
 
     def _learned(self, model: Model, site: Site, codes: Codes) -> LearnedWeight:
-        parameter = getattr(self.module, str(self._at[str(site.weight.name)].target))
-        if self._narrow and all(user.op_type in ("MatMul", "Gemm") for user in site.users):
+        parameter = getattr(self.module, str(self.node(str(site.weight.name)).target))
+        if self.narrow and all(user.op_type in ("MatMul", "Gemm") for user in site.users):
             parameter.data = parameter.data.to(torch.bfloat16)  # what it is cast to for every product
         return LearnedWeight(site, model.weights[site.name], parameter, codes)
 
@@ -163,7 +115,7 @@ class TunedTwin:
         if start is not None:
             shift.value.data = torch.from_numpy(np.array(start, np.float32))
         for user in (u for u in site.users if u.op_type != "Gather"):
-            self._insert(str(user.outputs[0].name), shift)
+            self.insert(str(user.outputs[0].name), shift)
 
     def _add_grid(self, target: Target, value: ir.Value | None, ranges: Mapping[str, StaticRange]) -> None:
         name = str(target.value.name)
@@ -171,23 +123,4 @@ class TunedTwin:
             raise BadModel(f"the range of '{name}' is infinite, and so has no gradient", name, "repair the data")
         like = None if target.like is None else str(target.like.name)
         self.grids[name] = Grid(target, ranges[name]) if like is None else self.grids[like]
-        producer = None if value is None else value.producer()
-        # The grid holds nothing that a Relu or Clip in front of it would cut off, so that is left out: it costs time.
-        absorbed = None if producer is None or bounds_of(producer) is None else producer.inputs[0]
-        inner = None if absorbed is None else self._at.get(str(absorbed.name))
-        self._insert(name, self.grids[name], inner)
-
-    def _insert(self, name: str, module: torch.nn.Module, source: torch.fx.Node | None = None) -> None:
-        """Pass a value through a module, for all its readers."""
-        node = self._at[name]
-        key = f"tuned_{len(list(self.module.children()))}"
-        self.module.add_submodule(key, module)
-        with self.module.graph.inserting_after(node):
-            made = self.module.graph.call_module(key, (source or node,))
-        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
-        self._at[name] = made
-
-
-def _has_fast_bfloat16() -> bool:
-    """Whether products of bfloat16 are several times faster here than those of float32 (AMX)."""
-    return bool(torch.cpu._is_amx_tile_supported())  # type: ignore[reportPrivateUsage] # torch has no public name
+        self.insert_grid(target, value, self.grids[name])
