@@ -26,6 +26,7 @@ from qcompiler.measure.segments import Segment
 from qcompiler.model import Model
 from qcompiler.passes.round.streams import Streams, calibration_feeds
 from qcompiler.pipeline import Pass, PassReport, check_numbers
+from qcompiler.plan import Plan
 from qcompiler.progress import Progress
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ def _part(model: Model, streams: Streams, segment: Segment, sites: Sequence[Site
             graph.initializers[name].const_value = ir.tensor(np.asarray(array), name=name)
     names = {s.name: mine[str(s.weight.name)] for s in find_sites(part.ir) if str(s.weight.name) in mine}
     part.weights = {own: model.weights[name] for own, name in names.items()}
+    part.plan = Plan({own: model.plan.sites[name] for own, name in names.items()})
     part.bias_shift = {own: model.bias_shift[name] for own, name in names.items() if name in model.bias_shift}
     return part, names
 

@@ -23,7 +23,7 @@ from qcompiler.formats.packing import plane_widths
 from qcompiler.formats.promoted import FLAG
 from qcompiler.graph.codes import DOMAIN, matrix_shape, read_flags, read_integers, read_per_group, stored_shape
 from qcompiler.graph.merged import MERGE_BODY, MERGE_SIGNATURE
-from qcompiler.graph.rows import ROWS_BODY, ROWS_TO_BODY
+from qcompiler.graph.rows import ROWS_BODY, ROWS_TO_BODY, row_limit
 
 QUANTIZE_ROWS = "QuantizeRows"
 QUANTIZE_ROWS_TO = "QuantizeRowsTo"
@@ -118,7 +118,7 @@ def rounded_rows(model: ir.Model, x: ir.Value, bits: int, clip: float, name: str
     usual = (bits, clip) == (8, 1)
     function = quantize_rows_function(opset) if usual else quantize_rows_to_function(opset)
     add_function(model, function)
-    attributes = {} if usual else {"limit": float(2 ** (bits - 1) - 1), "clip": float(clip)}
+    attributes = {} if usual else {"limit": float(row_limit(bits)), "clip": float(clip)}
     output = ir.val(name, dtype=x.dtype, shape=x.shape)
     return ir.node(function.name, [x], attributes, domain=DOMAIN, name=f"{name}_node", outputs=[output])
 

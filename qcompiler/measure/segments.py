@@ -48,6 +48,8 @@ class Segments(Sequence["Segment"]):
         max_live: how many float values may cross a cut; 1 cuts only where the graph narrows to one value.
         most_sites: a segment with more sites is cut again where up to 4 values cross, if it can be.
         threads: of ONNX Runtime.
+        like: cut as this chain is, of whose graph `model` is a copy that may have further nodes between the same values
+            (rounding of activations): boundaries fit both, and the sites are those of `like`.
     """
 
     def __init__(
@@ -58,9 +60,12 @@ class Segments(Sequence["Segment"]):
         max_live: int = 1,
         most_sites: int = 12,
         threads: int | None = None,
+        like: Segments | None = None,
     ) -> None:
+        if like is not None:
+            sites = like.sites
         self.sites: tuple[Site, ...] = tuple(find_sites(model) if sites is None else sites)
-        chain = divide(model.graph, self.sites, max_live, most_sites)
+        chain = divide(model.graph, self.sites, max_live, most_sites) if like is None else like._chain
         self._model, self._threads, self._chain = model, threads, chain
         self._preamble: Runner | None = None
         self._sessions = _Sessions(model, threads, 2)
