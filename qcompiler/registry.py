@@ -28,6 +28,7 @@ PASSES: dict[str, str] = {
     "uniform": "qcompiler.passes.plan.uniform:Uniform",
     "nearest": "qcompiler.passes.round.nearest:Nearest",
     "gptq": "qcompiler.passes.round.gptq:GPTQ",
+    "decoupleq": "qcompiler.passes.round.decoupleq:DecoupleQ",
     "adaround": "qcompiler.passes.round.adaround:AdaRound",
     "adaquant": "qcompiler.passes.round.adaquant:AdaQuant",
     "autoround": "qcompiler.passes.round.autoround:AutoRound",
