@@ -25,7 +25,7 @@ def scale(model: ir.Model, region: Region, start: Labels, s: Floats) -> None:
         return _spread(region.classes, labels, numbers, 1.0) ** -sign
 
     changes: dict[ir.Value, Floats] = {}
-    for edit in _own_edits(model.graph, region):
+    for edit in own_edits(model.graph, region):
         constant = edit.constant.value
         array = changes.get(constant, read(constant)) + edit.constant.offset
         changes[constant] = array * factor(edit.labels, edit.sign) - edit.constant.offset
@@ -50,7 +50,7 @@ def shift(model: ir.Model, region: Region, start: Labels, d: Floats) -> None:
         return _spread(region.classes, labels, numbers, 0.0)
 
     changes: dict[ir.Value, Floats] = {}
-    for edit in _own_edits(model.graph, region):
+    for edit in own_edits(model.graph, region):
         constant = edit.constant.value
         changes[constant] = changes.get(constant, read(constant)) - edit.sign * moved(edit.labels)
     for node, labels in region.biases.items():
@@ -73,7 +73,7 @@ def permute(model: ir.Model, region: Region, start: Labels, ties: Labels, order:
     for labels, blocks in region.blocks:
         _check_blocks(region.classes.roots(labels), blocks, target)
     changes: dict[ir.Value, Floats] = {}
-    for edit in _own_edits(model.graph, region):
+    for edit in own_edits(model.graph, region):
         constant = edit.constant.value
         array = changes.get(constant, read(constant))
         changes[constant] = _reordered(array, region.classes.roots(edit.labels), target)
@@ -125,7 +125,7 @@ def _spread(classes: Classes, labels: Labels, numbers: Mapping[int, float], defa
     return found[inverse].reshape(labels.shape)
 
 
-def _own_edits(graph: ir.Graph, region: Region) -> list[Edit]:
+def own_edits(graph: ir.Graph, region: Region) -> list[Edit]:
     """The edits of a region, after every shared vector has got a private copy and every Clip constants."""
     for node, mark in region.clips.items():
         for user in _per_channel_clip(graph, node, mark):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,85 +10,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import BadOption, Refusal
-from qcompiler.graph.folds import apply
+from qcompiler.graph.folds import apply, blocks
 from qcompiler.graph.folds.labels import Labels, Unfit
 from qcompiler.graph.folds.region import DOMAINS, Edit, Kind, Region, Undecided, dims, label, resolve
-from qcompiler.graph.folds.rules_attention import attention, rotary
-from qcompiler.graph.folds.rules_elementwise import (
-    HOMOGENEOUS,
-    SAME,
-    SUMS,
-    clip,
-    pointwise,
-    product,
-    reciprocal,
-    sums,
-    unary,
-)
-from qcompiler.graph.folds.rules_linear import conv, gemm, matmul, norm
-from qcompiler.graph.folds.rules_shape import (
-    concat,
-    expand,
-    gather,
-    reduction,
-    reshaping,
-    slicing,
-    spatial,
-    split,
-    transpose,
-)
+from qcompiler.graph.folds.rules import POSITIVE, RULES
 
 Floats = npt.NDArray[np.float64]
+ORTHOGONAL = 1e-6  # largest error of matrices that are taken as such
 _CHOICES = 6  # products of two values in one region: more are not worth the search
-
-
-def _nothing(_region: Region, _node: ir.Node) -> None:
-    """The operation looks at shapes only."""
-
-
-_NORMS = (
-    "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "InstanceNormalization",
-    "BatchNormalization",
-)  # fmt: skip
-_SPATIAL = (
-    "AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool", "Pad", "Resize",
-    "Upsample",
-)  # fmt: skip
-_POINTWISE = (
-    "Gelu", "Sigmoid", "Tanh", "Erf", "Exp", "Pow", "Sqrt", "HardSwish", "HardSigmoid", "Softplus", "Elu", "Swish",
-    "Mish",
-)  # fmt: skip
-_REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2")
-
-_POSITIVE = frozenset(
-    {"Relu", "LeakyRelu", "PRelu", "Abs", "Max", "Min", "Clip", "MaxPool", "GlobalMaxPool", "LpPool", "GlobalLpPool"}
-    | set(_REDUCTIONS[2:])
-)
-
-RULES: Mapping[str, Callable[[Region, ir.Node], None]] = {
-    **dict.fromkeys(SAME | HOMOGENEOUS, unary),
-    **dict.fromkeys(SUMS, sums),
-    **dict.fromkeys(_POINTWISE, pointwise),
-    **dict.fromkeys(_NORMS, norm),
-    **dict.fromkeys(_SPATIAL, spatial),
-    **dict.fromkeys(_REDUCTIONS, reduction),
-    **dict.fromkeys(("Mul", "Div"), product),
-    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), reshaping),
-    **dict.fromkeys(("Attention", "GroupQueryAttention"), attention),
-    **dict.fromkeys(("Conv", "ConvTranspose"), conv),
-    **dict.fromkeys(("Shape", "Size"), _nothing),
-    "Clip": clip,
-    "Concat": concat,
-    "Expand": expand,
-    "Gather": gather,
-    "Gemm": gemm,
-    "MatMul": matmul,
-    "Reciprocal": reciprocal,
-    "RotaryEmbedding": rotary,
-    "Slice": slicing,
-    "Split": split,
-    "Transpose": transpose,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +31,13 @@ class Fold:
         model: whose graph is changed.
         value: the value, for instance the output of a norm.
         axis: its channel axis.
-        kind: "scale", "shift" or "permute".
+        kind: "scale", "shift", "permute" or "rotate".
         ties: int64 [channels]: channels with equal numbers must be transformed alike; -1: not at all.
         writers: constants of the producers (gains, rows of weights, biases).
         readers: constants of the consumers (columns of weights).
         region: everything that is touched.
+        blocks: of a "rotate": int64 [times, size] each, the channels that one orthogonal matrix may mix. A block is
+            there several times where heads of values serve several heads of queries.
     """
 
     model: ir.Model
@@ -118,6 +49,7 @@ class Fold:
     readers: tuple[Edit, ...]
     region: Region
     start: Labels
+    blocks: tuple[Labels, ...] = ()
 
     @property
     def size(self) -> int:
@@ -193,6 +125,25 @@ class Fold:
             raise BadOption("not a permutation of the channels", self.value.name or "")
         apply.permute(self.model, self.region, self.start, self.ties, places)
 
+    def rotate(self, matrices: Sequence[npt.ArrayLike]) -> None:
+        """Multiply the channels of every block by its matrix from the right.
+
+        Args:
+            matrices: orthogonal, [size, size], one for each of `blocks`.
+
+        Raises:
+            BadOption: other numbers or sizes, or a matrix isn't orthogonal.
+            PassRefused: a weight would overflow its element type; nothing is changed.
+        """
+        self._require("rotate")
+        given = [np.asarray(matrix, np.float64) for matrix in matrices]
+        shapes = [(block.shape[1],) * 2 for block in self.blocks]
+        if [matrix.shape for matrix in given] != shapes:
+            raise BadOption(f"the blocks take matrices of {shapes}", self.value.name or "")
+        if any(np.abs(matrix.T @ matrix - np.eye(len(matrix))).max() > ORTHOGONAL for matrix in given):
+            raise BadOption("a matrix is not orthogonal", self.value.name or "")
+        blocks.rotate(self.model, self.region, self.start, self.blocks, given)
+
     def _require(self, kind: Kind) -> None:
         if self.kind != kind:
             raise BadOption(f"this fold was found for a {self.kind}", self.value.name or "", "find it again")
@@ -246,9 +197,12 @@ def find_fold(
     ties, reason = _ties(region, labels)
     if np.all(ties < 0):
         return Refusal(name, reason)
+    mixed, reason = blocks.find_blocks(region, labels) if kind == "rotate" else ((), "")
+    if kind == "rotate" and not mixed:
+        return Refusal(name, reason)
     edits = list(region.edits.values())
     writers = tuple(e for e in edits if e.sign > 0)
-    return Fold(model, value, axis, kind, ties, writers, tuple(e for e in edits if e.sign < 0), region, labels)
+    return Fold(model, value, axis, kind, ties, writers, tuple(e for e in edits if e.sign < 0), region, labels, mixed)
 
 
 def _explore(region: Region, value: ir.Value, shape: tuple[int, ...]) -> tuple[Region, Labels]:
@@ -271,7 +225,7 @@ def _apply_rule(region: Region, node: ir.Node) -> None:
     if rule is None:
         region.pin_node(node, f"a {region.kind} cannot cross {label(node)}")
         return
-    region.positive |= node.op_type in _POSITIVE
+    region.positive |= node.op_type in POSITIVE
     try:
         rule(region, node)
     except Unfit as reason:

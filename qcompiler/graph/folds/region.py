@@ -18,7 +18,7 @@ import onnx_ir as ir
 from qcompiler.graph.folds.labels import Classes, Dims, Labels, Unfit
 from qcompiler.graph.sites import FLOATS
 
-Kind = Literal["scale", "shift", "permute"]
+Kind = Literal["scale", "shift", "permute", "rotate"]
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
@@ -144,7 +144,7 @@ class Region:
             self._enter(value, labels)
             return
         self.classes.tie(old.labels, labels)
-        if old.sign != sign and self.kind != "permute":
+        if old.sign != sign and self.kind not in ("permute", "rotate"):
             self.classes.pin(labels, f"'{value.name}' would need a scale and its inverse")
 
     def put(self, node: ir.Node, index: int, labels: Labels, sign: int, role: str) -> None:

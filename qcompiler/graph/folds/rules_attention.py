@@ -25,6 +25,10 @@ def attention(region: Region, node: ir.Node) -> None:
     if value is not None or out is not None:
         _tie_heads(region, node, (2, value), (-1, out), heads, 1)
     query, key = region.get(node.inputs[0]), region.get(node.inputs[1])
+    if region.kind == "rotate" and (query or key):
+        for mark in (query, key):
+            region.pin(mark.labels, f"a rotate cannot cross {label(node)}") if mark is not None else None
+        return
     if query is not None or key is not None:
         _tie_heads(region, node, (1, key), (0, query), heads, -1)
         if node.attributes.get("do_rotary") is not None and node.attributes["do_rotary"].as_int():
@@ -97,7 +101,7 @@ def _tie_heads(
     if split.shape[1] == 1 and kv_mark.labels.ndim == 3:
         split = split[:1]
     labels = _join(split, kv_mark.labels.ndim)
-    if region.kind == "permute":
+    if region.kind in ("permute", "rotate"):
         ids = np.arange(split.shape[0])[:, None]
         region.blocks.append((split, np.broadcast_to(ids, split.shape)))
     if q_index < 0:

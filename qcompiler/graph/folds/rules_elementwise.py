@@ -40,8 +40,8 @@ def _same_for_all(value: ir.Value, labels: Labels) -> bool:
 
 def unary(region: Region, node: ir.Node) -> None:
     """Identity, Cast, Dropout; and where a scale may cross, Relu and its kind."""
-    if region.kind == "shift" and node.op_type in HOMOGENEOUS:
-        region.pin_node(node, f"a shift cannot cross {label(node)}")
+    if region.kind in ("shift", "rotate") and node.op_type in HOMOGENEOUS:
+        region.pin_node(node, f"a {region.kind} cannot cross {label(node)}")
         return
     inputs = range(len(node.inputs)) if region.kind == "permute" else (0,)
     alike(region, node, [k for k in inputs if node.inputs[k] is not None])
@@ -60,6 +60,9 @@ def sums(region: Region, node: ir.Node) -> None:
     first = 1 if node.op_type == "Where" else 0
     if region.kind == "shift":
         _shifted_sum(region, node)
+        return
+    if region.kind == "rotate" and node.op_type not in ("Add", "Sub", "Sum", "Mean"):
+        region.pin_node(node, f"a rotate cannot cross {label(node)}")
         return
     alike(region, node, range(first, len(node.inputs)))
 
@@ -84,6 +87,9 @@ def product(region: Region, node: ir.Node) -> None:
     if region.kind == "permute":
         alike(region, node, (0, 1))
         return
+    if region.kind == "rotate":
+        _rotated_product(region, node)
+        return
     if region.kind == "shift":
         region.pin_node(node, f"a shift cannot cross {label(node)}")
         return
@@ -92,6 +98,17 @@ def product(region: Region, node: ir.Node) -> None:
         _with_constant(region, node, constants[-1])
     else:
         _of_two(region, node)
+
+
+def _rotated_product(region: Region, node: ir.Node) -> None:
+    """A rotation crosses a product with numbers that are the same for all its channels, and no other."""
+    marks = [region.get(v) for v in (*node.inputs, *node.outputs)]
+    mark = next(m for m in marks if m is not None)
+    carriers = [k for k, v in enumerate(node.inputs) if v is not None and not _same_for_all(v, mark.labels)]
+    if len(carriers) != 1 or (node.op_type == "Div" and carriers == [1]):
+        region.pin_node(node, f"a rotate cannot cross {label(node)}")
+        return
+    alike(region, node, carriers)
 
 
 def _with_constant(region: Region, node: ir.Node, index: int) -> None:
@@ -167,7 +184,7 @@ def clip(region: Region, node: ir.Node) -> None:
         alike(region, node, (0,))
         region.loose_clips[node] = region.marks[node.outputs[0]]
         return
-    if region.kind == "shift" or low is None or high is None or not region.insert:
+    if region.kind in ("shift", "rotate") or low is None or high is None or not region.insert:
         reason = f"a {region.kind} cannot cross {label(node)}, whose bounds hold for all channels"
         region.pin_node(node, reason)
         return

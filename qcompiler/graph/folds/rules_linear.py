@@ -43,6 +43,7 @@ def _left(region: Region, node: ir.Node, labels: Labels, sign: int) -> None:
     if not summed:
         region.mark(node.outputs[0], labels, sign)
         return
+    _check_reader(region, node, 1)
     other = np.swapaxes(labels, -1, -2) if labels.ndim > 1 else labels[:, None]
     region.put(node, 1, other, -sign, "in")
 
@@ -52,16 +53,24 @@ def _right(region: Region, node: ir.Node, labels: Labels, sign: int) -> None:
     if summed and columns:
         raise Unfit(f"labels vary along rows and columns of {label(node)}")
     if summed:
+        _check_reader(region, node, 0)
         region.put(node, 0, np.swapaxes(labels, -1, -2), -sign, "in")
     else:
         region.mark(node.outputs[0], labels, sign)
+
+
+def _check_reader(region: Region, node: ir.Node, index: int) -> None:
+    """Rotations end in weights: a part of the channels of two computed values has no product that stays."""
+    value = node.inputs[index]
+    if region.kind == "rotate" and (value is None or resolve(value) is None):
+        raise Unfit(f"{label(node)} multiplies two computed values along the channels")
 
 
 def _heads(region: Region, node: ir.Node) -> None:
     """Channels of different heads cannot change places: each head has its own attention."""
     for value in (*node.inputs, *node.outputs):
         mark = region.get(value)
-        if region.kind == "permute" and mark is not None and mark.labels.ndim > 2:
+        if region.kind in ("permute", "rotate") and mark is not None and mark.labels.ndim > 2:
             shape = mark.labels.shape
             heads = np.arange(int(np.prod(shape[:-2]))).reshape(*shape[:-2], 1, 1)
             region.blocks.append((mark.labels, np.broadcast_to(heads, shape)))
@@ -102,6 +111,9 @@ def conv(region: Region, node: ir.Node) -> None:
     shape = [d for d in dims(w)[:2] if isinstance(d, int)]
     result, source = region.get(node.outputs[0]), region.get(x)
     flipped = node.op_type == "ConvTranspose"
+    if region.kind == "rotate" and groups > 1:
+        region.pin_node(node, f"a rotate cannot cross the groups of {label(node)}")
+        return
     if region.kind == "permute" and groups > 1:
         if shape[0] != groups or shape[1] != 1 or flipped:
             region.pin_node(node, f"the groups of {label(node)} fix the order of channels")
@@ -137,6 +149,9 @@ def norm(region: Region, node: ir.Node) -> None:
     mark, result = region.get(source), region.get(out)
     if len(node.outputs) > 1 and any(region.get(v) for v in node.outputs[1:]):
         region.pin_node(node, f"{label(node)} gives out its statistics")
+        return
+    if region.kind == "rotate":
+        region.pin_node(node, f"a rotate cannot cross {label(node)}")
         return
     if region.kind == "permute":
         _permuted_norm(region, node)

@@ -201,6 +201,8 @@ def spatial(region: Region, node: ir.Node) -> None:
     """Pools, Pad with zeros, Resize: linear maps of the axes that carry no labels."""
     source = node.inputs[0]
     assert source is not None
+    if region.kind == "rotate" and not node.op_type.endswith("AveragePool"):
+        raise Unfit(f"a rotate cannot cross {label(node)}")
     mark = _first(region, node)
     before, after = dims(source), dims(node.outputs[0])
     moved = [k for k, size in enumerate(mark.labels.shape) if size > 1 and (k > 1 or before[k] != after[k])]
@@ -226,6 +228,8 @@ def reduction(region: Region, node: ir.Node) -> None:
     """ReduceMean, ReduceSum, ReduceMax, ReduceMin, ReduceL1, ReduceL2 over axes without labels."""
     source = node.inputs[0]
     assert source is not None
+    if region.kind == "rotate" and node.op_type not in ("ReduceMean", "ReduceSum"):
+        raise Unfit(f"a rotate cannot cross {label(node)}")
     rank = len(dims(source))
     axes = _axes(node, rank)
     keep = node.attributes.get("keepdims")

@@ -18,10 +18,8 @@ import onnx_ir as ir
 
 from qcompiler.errors import BadOption, PassRefused, Refusal
 from qcompiler.graph.folds.apply import commit, read
-from qcompiler.graph.folds.fold import Fold, find_fold
+from qcompiler.graph.folds.fold import ORTHOGONAL, Fold, find_fold
 from qcompiler.graph.folds.region import Constant, label, resolve
-
-_ORTHOGONAL = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +101,9 @@ class Stream:
         matrix = np.asarray(Q, np.float64)
         if matrix.shape != (self.width, self.width):
             raise BadOption(f"the stream has {self.width} channels, the matrix is {matrix.shape}")
-        if np.abs(matrix.T @ matrix - np.eye(self.width)).max() > _ORTHOGONAL:
+        if np.abs(matrix.T @ matrix - np.eye(self.width)).max() > ORTHOGONAL:
             raise BadOption("the matrix is not orthogonal")
-        if self.keeps_mean and np.abs(matrix.sum(0) - 1).max() > _ORTHOGONAL:
+        if self.keeps_mean and np.abs(matrix.sum(0) - 1).max() > ORTHOGONAL:
             fix = "give one that maps ones to ones (hadamard.mean_kept), or run center-norms before"
             raise BadOption(f"the matrix changes the mean, which {label(self.keeps_mean[0])} sees", fix=fix)
         return matrix
