@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.graph.panels import Cut
+from qcompiler.graph.panels import HIGH, PRECISION, Cut
 from qcompiler.graph.sites import Site
 
 Order = npt.NDArray[np.int64]
@@ -84,8 +84,11 @@ def split_value(graph: ir.Graph, value: ir.Value, sizes: Sequence[int], readers:
     return parts
 
 
-def cut_product(graph: ir.Graph, site: Site, parts: Sequence[ir.Value]) -> None:
-    """Put products of the parts of a site's input, and their sum, in place of its product."""
+def cut_product(graph: ir.Graph, site: Site, parts: Sequence[ir.Value], high: int = 0) -> None:
+    """Put products of the parts of a site's input, and their sum, in place of its product.
+
+    The first `high` of them are marked as those that need more precision (`panels.is_high`).
+    """
     node, tensor = site.node, site.weight.const_value
     assert tensor is not None
     sizes = [int(part.shape[-1]) for part in parts if part.shape is not None]  # type: ignore[arg-type]
@@ -96,6 +99,8 @@ def cut_product(graph: ir.Graph, site: Site, parts: Sequence[ir.Value]) -> None:
         weight = _constant(graph, f"{site.weight.name}.panel{place}", np.ascontiguousarray(piece))
         term = _product(node, part, weight, f"{site.name}.panel{place}", biased=place == 0)
         term.node.metadata_props[_WHOLE] = json.dumps(facts)
+        if place < high:
+            term.node.metadata_props[PRECISION] = HIGH
         graph.insert_before(node, term.node)
         total = term.value if total is None else _add(node, total, term.value, f"{site.name}.sum{place}")
     assert total is not None
@@ -119,7 +124,8 @@ def join_product(cut: Cut) -> ir.Node:
     facts = json.loads(node.metadata_props.get(_WHOLE, "{}"))
     weight = _constant(graph, str(facts.get("weight") or f"{sites[0].weight.name}.whole"), whole)
     term = _product(node, cut.value, weight, str(facts.get("node") or f"{node.name}.whole"), biased=True)
-    term.node.metadata_props.pop(_WHOLE, None)
+    for mark in (_WHOLE, PRECISION):
+        term.node.metadata_props.pop(mark, None)
     if facts.get("scopes"):
         term.node.metadata_props[_SCOPES] = facts["scopes"]
     graph.insert_before(last, term.node)

@@ -68,13 +68,10 @@ class Rotate(Pass):
             return Refusal(
                 name, f"{stream.width} channels are not made of Hadamard blocks of {self.block or 'any size'}"
             )
-        products = _set_free(model, stream)
-        if products:  # the first is behind a table, so that the stream begins there now
-            stream = find_stream(model, products[0].outputs[0])
-        stuck = [stream] if isinstance(stream, Refusal) else stream.fold_gains()
-        if stuck or isinstance(stream, Refusal):
-            _take_out(model, products)
-            return stuck[0]
+        free = without_gains(model, stream)
+        if isinstance(free, Refusal):
+            return free
+        stream, products = free
         before = _peak(stream)
         stream.rotate(rotation(stream.width, self.seed + number, block, keep_mean=bool(stream.keeps_mean)))
         facts = {"width": stream.width, "block": block, "writers": len(stream.writers), "readers": len(stream.readers)}
@@ -84,6 +81,27 @@ class Rotate(Pass):
             "peak after": _peak(stream),
         }
         return None
+
+
+def without_gains(model: ir.Model, stream: Stream) -> tuple[Stream, list[ir.Node]] | Refusal:
+    """Make a stream ready to be turned.
+
+    Args:
+        model: whose graph is changed; not if there is a refusal.
+        stream: of that graph.
+
+    Returns:
+        The stream with the gains of its norms folded, and the products that were inserted so that tied tables stay as
+        they are (they turn in their place); or why a gain cannot move.
+    """
+    products = _set_free(model, stream)
+    # The first product is behind a table, so that the stream begins there now.
+    found = find_stream(model, products[0].outputs[0]) if products else stream
+    stuck = [found] if isinstance(found, Refusal) else found.fold_gains()
+    if stuck or isinstance(found, Refusal):
+        _take_out(model, products)
+        return stuck[0]
+    return found, products
 
 
 def _set_free(model: ir.Model, stream: Stream) -> list[ir.Node]:

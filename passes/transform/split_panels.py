@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,14 +12,12 @@ import onnx_ir as ir
 
 from qcompiler.budget import kept_sites
 from qcompiler.errors import BadOption, Refusal
-from qcompiler.graph.folds import Fold, find_fold
-from qcompiler.graph.panels import is_plain
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.gram import gram_parts, grams
 from qcompiler.measure.proxy import column_costs, inverse_squares, saliences
 from qcompiler.model import Model
 from qcompiler.passes.transform.inputs import enough_samples, require_float
-from qcompiler.passes.transform.panel_graph import cut_product, gather_columns, split_value
+from qcompiler.passes.transform.panel_cutting import absorbed, by_value, cut_alike, uncut
 from qcompiler.passes.transform.panel_sizes import Sizes, best_sizes, equal_sizes
 from qcompiler.pipeline import EXACT, Pass, PassReport
 from qcompiler.progress import Progress
@@ -80,7 +78,7 @@ class SplitPanels(Pass):
         kept = kept_sites(sites, self.keep)
         refused = [Refusal(s.name, why) for s in sites if (why := self._reason(s, kept)) is not None]
         taken = {refusal.where for refusal in refused}
-        readers = _by_value(site for site in sites if site.name not in taken)
+        readers = by_value(site for site in sites if site.name not in taken)
         costs = self._costs(model, readers)
         changed, cuts = 0, dict[str, dict[str, object]]()
         for value, group in progress.track(list(readers.items()), "cutting panels"):
@@ -96,19 +94,7 @@ class SplitPanels(Pass):
         """Why a site is not cut, or None."""
         if site.name in kept:
             return "it is to stay float"
-        if site.op not in ("MatMul", "Gemm"):
-            return f"the columns of a {site.op} are not cut"
-        if len(site.users) > 1:
-            return f"its weight is used by {len(site.users)} operations"
-        if not is_plain(site):
-            return "it is no single matrix that is read as it is stored"
-        if site.branch:
-            return "it has a low-rank correction beside it"
-        if site.columns < max(self.least, 2 * self.align):
-            return f"it has {site.columns} columns only"
-        if site.activation is None or site.activation.shape is None or site.weight.is_graph_output():
-            return "the shape of its input is unknown, or its weight is an output"
-        return None
+        return uncut(site, max(self.least, 2 * self.align))
 
     def _costs(self, model: Model, readers: Mapping[ir.Value, Sequence[Site]]) -> dict[ir.Value, Floats]:
         """Shares of the cost of each column, summed over all that read a value; empty where nobody asks."""
@@ -130,21 +116,16 @@ class SplitPanels(Pass):
 
     def _sort_and_cut(self, model: Model, group: Sequence[Site], costs: Floats | None) -> tuple[Sizes, str]:
         """Cut all readers of a value alike, if that is worth it; how the order was brought about."""
-        value = group[0].node.inputs[0]  # cutting what comes before may have put another one there
-        assert value is not None
         order = np.arange(group[0].columns)
         if costs is not None and self.order != "none":
             order = np.argsort(-costs, kind="stable")
         sizes, how = self._sizes(group, costs, order), "natural"
-        if len(sizes.columns) > 1 and (np.diff(order) < 0).any():
-            how = "folded"
-            if not _folded(model, value, order, group):
-                sizes, how = self._sizes(group, costs, order, len(order) * _INDEX_BITS), "gather"
         if len(sizes.columns) > 1:
-            source = gather_columns(model.graph, value, order, group) if how == "gather" else value
-            parts = split_value(model.graph, source, sizes.columns, [site.node for site in group])
-            for site in group:
-                cut_product(model.graph, site, parts)
+            how = absorbed(model, order, group)
+        if how == "gather":
+            sizes = self._sizes(group, costs, order, len(order) * _INDEX_BITS)
+        if len(sizes.columns) > 1:
+            cut_alike(model, group, sizes.columns, order if how == "gather" else None)
         return sizes, how
 
     def _sizes(
@@ -157,29 +138,9 @@ class SplitPanels(Pass):
         return best_sizes(costs[order], self.panels, self.align, overhead, self.gain)
 
 
-def _by_value(sites: Iterable[Site]) -> dict[ir.Value, list[Site]]:
-    readers: dict[ir.Value, list[Site]] = {}
-    for site in sites:
-        assert site.activation is not None
-        readers.setdefault(site.activation, []).append(site)
-    return readers
-
-
 def _curvature(gram: npt.NDArray[np.float32]) -> Floats:
     """1 / d^2 of every column as GPTQ takes them: those of the largest inputs first, made up for by all others."""
     order = np.argsort(-np.diagonal(gram[0]), kind="stable")
     found = np.empty((1, len(order)))
     found[:, order] = inverse_squares(gram[:, order][:, :, order])
     return found
-
-
-def _folded(model: Model, value: ir.Value, order: npt.NDArray[np.intp], group: Sequence[Site]) -> bool:
-    """Let what produces the value absorb the order, if it can without moving the columns of other matrices."""
-    fold = find_fold(model.ir, value, "permute")
-    if not isinstance(fold, Fold) or {edit.node for edit in fold.readers if edit.is_weight} - {s.node for s in group}:
-        return False
-    try:
-        fold.permute(order)
-    except BadOption:  # it moves a channel that is fixed, or to another head
-        return False
-    return True

@@ -13,6 +13,8 @@ import onnx_ir as ir
 
 from qcompiler.graph.sites import Site
 
+PRECISION, HIGH = "qcompiler.precision", "high"  # key and value of `metadata_props` of a panel's node
+
 
 @dataclass(frozen=True, eq=False)
 class Sum:
@@ -51,6 +53,11 @@ class Cut:
     def sizes(self) -> tuple[int, ...]:
         """Columns of the panels."""
         return tuple(site.columns for site in self.sum.sites)
+
+
+def is_high(site: Site) -> bool:
+    """Whether a transform has put into this panel what needs more precision than the rest."""
+    return site.node.metadata_props.get(PRECISION) == HIGH
 
 
 def find_sums(graph: ir.Graph, sites: Sequence[Site]) -> list[Sum]:
