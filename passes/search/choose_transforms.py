@@ -86,7 +86,7 @@ class ChooseTransforms(Pass):
         for text in best.steps:
             steps[text].requires(model)
             reports.append(steps[text].run(model, progress))
-        told = " + ".join(best.steps) or "none helps"
+        told = " + ".join(best.steps) or "none"
         progress.note(f"choose-transforms: {told} ({len(trials)} trials)")
         metrics = {name: value for report in reports for name, value in report.metrics.items()}
         metrics |= {"trials": [trial.to_json() for trial in trials], "interactions": interactions(trials)}

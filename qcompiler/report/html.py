@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompiler.report import allocation_plots, plots
 
-_LATER: dict[str, Any] = {"decision": None, "latencies": []}
+_LATER: dict[str, Any] = {"decision": None, "latencies": [], "gains": []}
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -52,7 +52,8 @@ def _filled(template: str, **values: Any) -> str:
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(size=plots.size, brief=brief, percent=percent, color=plots.bits_color, ms=milliseconds)
+    environment.filters.update(size=plots.size, brief=brief, percent=percent, color=plots.bits_color)
+    environment.filters.update(ms=milliseconds, change=change)
     folder = resources.files(__package__ or "")
     page = environment.from_string((folder / template).read_text("utf-8"))
     return page.render(**values, style=Markup((folder / "style.css").read_text("utf-8")))
@@ -70,6 +71,11 @@ def brief(value: float | None, digits: int = 3) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as a percentage; a dash where there is none."""
     return "–" if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def change(nats: float) -> str:
+    """A change of a loss's logarithm, with its sign: 0.1 is a loss lower by 10 %."""
+    return f"{nats:+.3f}"
 
 
 def milliseconds(seconds: float) -> str:

@@ -14,6 +14,7 @@ from qcompiler.model import Model
 from qcompiler.pipeline import PassReport
 from qcompiler.plan import SitePlan
 from qcompiler.report.decision import decision, latencies
+from qcompiler.report.gains import gains
 
 
 def collect(
@@ -49,6 +50,7 @@ def collect(
         "curve": _curve(model.plan.solution),
         "decision": decision(reports, model.plan.solution),
         "latencies": latencies(reports),
+        "gains": gains(reports),
         "passes": [_pass(report) for report in reports],
         "tolerance": manifest["tolerance"],
         "verification": manifest["verification"],

@@ -151,7 +151,7 @@ def test_nothing_is_applied_where_nothing_helps() -> None:
     model = mlp()
     weights = {name: v.const_value for name, v in model.graph.initializers.items()}
     report = ChooseTransforms(among=("scale-fold", "refuses"), rounding="nearest").run(model, Silent())
-    assert report.metrics["chosen"] == "none helps"
+    assert report.metrics["chosen"] == "none"
     assert {name: v.const_value for name, v in model.graph.initializers.items()} == weights
     refused = [row for row in report.metrics["trials"] if row["refused"]]
     assert [row["steps"] for row in refused] == [["refuses"]]
