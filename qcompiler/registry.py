@@ -16,12 +16,15 @@ from qcompiler.errors import BadOption
 
 PASSES: dict[str, str] = {
     "equalize-activations": "qcompiler.passes.transform.equalize_activations:EqualizeActivations",
+    "mobilequant": "qcompiler.passes.transform.mobilequant:MobileQuant",
     "rotate": "qcompiler.passes.transform.rotate:Rotate",
     "smooth": "qcompiler.passes.transform.smooth:Smooth",
     "smooth-plus": "qcompiler.passes.transform.smooth_plus:SmoothPlus",
     "awq": "qcompiler.passes.transform.awq:AWQ",
     "scale-fold": "qcompiler.passes.transform.scale_fold:ScaleFold",
     "equalize": "qcompiler.passes.transform.equalize:Equalize",
+    "svdquant": "qcompiler.passes.transform.svdquant:SVDQuant",
+    "pca-split": "qcompiler.passes.transform.pca_split:PCASplit",
     "split-panels": "qcompiler.passes.transform.split_panels:SplitPanels",
     "join-panels": "qcompiler.passes.transform.join_panels:JoinPanels",
     "allocate": "qcompiler.passes.plan.allocate:Allocate",

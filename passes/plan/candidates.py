@@ -13,6 +13,7 @@ from qcompiler.errors import BadOption, Refusal
 from qcompiler.formats import Int, PerChannel, PerGroup, Promoted, QuantSpec
 from qcompiler.formats.fit import quantize
 from qcompiler.formats.scales import with_scales_that_fit
+from qcompiler.graph.panels import is_high
 from qcompiler.graph.sites import Site
 from qcompiler.graph.uncounted import uncounted_weights
 from qcompiler.model import Model
@@ -53,7 +54,7 @@ def passed_over(model: Model, sites: Sequence[Site], progress: Progress) -> list
 
 @dataclass(frozen=True)
 class Rows:
-    """How dynamic activations are rounded, wherever a plan has them.
+    """How dynamic activations are rounded, wherever a plan has them; those of high panels keep 8 bits, not clipped.
 
     Attributes:
         bits: of the codes, 3 to 8.
@@ -75,9 +76,9 @@ class Rows:
             raise BadOption(what, owner, "make activations dynamic, or drop activation_bits and activation_clip")
         return Rows(bits, clip)
 
-    def put(self, plan: SitePlan) -> SitePlan:
-        """The plan with them, if its activations are dynamic."""
-        if plan.activation != "dynamic":
+    def put(self, site: Site, plan: SitePlan) -> SitePlan:
+        """A site's plan with them, if its activations are dynamic."""
+        if plan.activation != "dynamic" or is_high(site):
             return plan
         return replace(plan, activation_bits=self.bits, activation_clip=self.clip)
 
@@ -184,7 +185,7 @@ def _with_activations(
 def _with_rows(
     backend: Backend, site: Site, offered: list[SitePlan], rows: Rows
 ) -> tuple[list[SitePlan], tuple[Refusal, ...]]:
-    wanted = [rows.put(plan) for plan in offered]
+    wanted = [rows.put(site, plan) for plan in offered]
     reasons = [backend.supports(site, plan) for plan in wanted]
     usable = [plan for plan, reason in zip(wanted, reasons, strict=True) if reason is None]
     if usable or not offered:

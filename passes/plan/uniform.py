@@ -8,6 +8,7 @@ from qcompiler import registry
 from qcompiler.budget import bits_per_weight, bits_text, is_embedding, kept_sites, parse_budget, stored_bytes
 from qcompiler.errors import BadOption, BudgetInfeasible, Refusal
 from qcompiler.formats import QuantSpec, parse_spec
+from qcompiler.graph.panels import is_high
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
 from qcompiler.overrun import overrun
@@ -37,6 +38,8 @@ class Uniform(Pass):
         keep: sites to leave float: globs on their names, or "embeddings". Outside the average of bits.
         target: who must be able to run it.
         budget: what the result must stay within; the formats are fixed, so one that they exceed is refused.
+        high: spec of panels that a transform has marked as those that need more precision (`pca-split`,
+            `channel-order`), whose dynamic activations have 8 bits whatever `activation_bits` says; empty: as `spec`.
         activation_bits: of dynamic activations, 3 to 8.
         activation_clip: share of a row's largest magnitude beyond which dynamic activations are clipped, in (0, 1].
     """
@@ -47,6 +50,7 @@ class Uniform(Pass):
     keep: tuple[str, ...] = ()
     target: str = "onnx"
     budget: tuple[str, ...] = ()
+    high: str = ""
     activation_bits: int = 8
     activation_clip: float = 1.0
 
@@ -54,6 +58,8 @@ class Uniform(Pass):
         parse_spec(self.spec)
         if self.embeddings not in ("", "float"):
             parse_spec(self.embeddings)
+        if self.high:
+            parse_spec(self.high)
         if self.activation not in _MODES:
             raise BadOption(f"unknown activation mode '{self.activation}'", "uniform", f"use {', '.join(_MODES)}")
         self._rows()
@@ -89,7 +95,7 @@ class Uniform(Pass):
             spec = None if site.name in kept else self._spec(site)
             if spec is None:
                 continue
-            wanted = self._rows().put(SitePlan(spec, activation_for(site, _MODES[self.activation])))
+            wanted = self._rows().put(site, SitePlan(spec, activation_for(site, _MODES[self.activation])))
             fitting = with_fitting_scales(site, [wanted])[0]
             if fitting != wanted:
                 refused.append(Refusal(site.name, "float32 scales: float16 cannot hold those of its weights"))
@@ -109,6 +115,7 @@ class Uniform(Pass):
 
     def _spec(self, site: Site) -> QuantSpec | None:
         text = self.embeddings if self.embeddings and is_embedding(site) else self.spec
+        text = self.high if self.high and is_high(site) else text
         return None if text == "float" else parse_spec(text)
 
 

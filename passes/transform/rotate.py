@@ -32,7 +32,7 @@ class Rotate(Pass):
     rows also before RMS norms, which changes the function; here nothing is subtracted.
 
     Attributes:
-        block: order of the Hadamard matrices on the diagonal; 0: the largest that divides the width.
+        block: order of Hadamard matrices on the diagonal; 0: one matrix that mixes all channels.
         seed: of the signs.
     """
 
@@ -63,17 +63,15 @@ class Rotate(Pass):
         stream = find_stream(model, value)
         if isinstance(stream, Refusal):
             return stream
-        block = self.block or largest_block(stream.width)
+        block = self.block or stream.width
         if block == 1 or stream.width % block:
-            return Refusal(
-                name, f"{stream.width} channels are not made of Hadamard blocks of {self.block or 'any size'}"
-            )
+            return Refusal(name, f"{stream.width} channels are not made of Hadamard blocks of {block}")
         free = without_gains(model, stream)
         if isinstance(free, Refusal):
             return free
         stream, products = free
         before = _peak(stream)
-        stream.rotate(rotation(stream.width, self.seed + number, block, keep_mean=bool(stream.keeps_mean)))
+        stream.rotate(rotation(stream.width, self.seed + number, self.block, keep_mean=bool(stream.keeps_mean)))
         facts = {"width": stream.width, "block": block, "writers": len(stream.writers), "readers": len(stream.readers)}
         turned[name] = facts | {
             "inserted": [node.name for node in products],
@@ -99,7 +97,7 @@ def without_gains(model: ir.Model, stream: Stream) -> tuple[Stream, list[ir.Node
     found = find_stream(model, products[0].outputs[0]) if products else stream
     stuck = [found] if isinstance(found, Refusal) else found.fold_gains()
     if stuck or isinstance(found, Refusal):
-        _take_out(model, products)
+        take_out(model, products)
         return stuck[0]
     return found, products
 
@@ -137,7 +135,8 @@ def _put_in(model: ir.Model, value: ir.Value, reader: ir.Node | None, width: int
     return node
 
 
-def _take_out(model: ir.Model, products: Sequence[ir.Node]) -> None:
+def take_out(model: ir.Model, products: Sequence[ir.Node]) -> None:
+    """Remove the products that `without_gains` has inserted, before anything was turned."""
     for node in products:
         value, matrix = node.inputs
         for user, index in list(node.outputs[0].uses()):
