@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import Refusal
-from qcompiler.formats import QuantSpec
 from qcompiler.formats.base import Floats
 from qcompiler.graph.branches import add_branch
 from qcompiler.graph.sites import Site
 from qcompiler.model import Model
 from qcompiler.passes.transform.factors import Factors, Rounding
+from qcompiler.plan import SitePlan
 
 BITS = 16  # of a stored number
 
@@ -26,12 +26,12 @@ class Readers:
     Attributes:
         value: what they read.
         sites: in topological order.
-        specs: in which format each of them is stored.
+        plans: of each of them, with a weight format and the same activation.
     """
 
     value: ir.Value
     sites: tuple[Site, ...]
-    specs: tuple[QuantSpec, ...]
+    plans: tuple[SitePlan, ...]
 
     @property
     def name(self) -> str:
@@ -51,7 +51,8 @@ class Readers:
     @property
     def rounding(self) -> Rounding:
         """How they are rounded."""
-        return Rounding([(site.rows, spec) for site, spec in zip(self.sites, self.specs, strict=True)])
+        pairs = zip(self.sites, self.plans, strict=True)
+        return Rounding([(site.rows, plan.weight) for site, plan in pairs if plan.weight is not None])
 
     def matrix(self) -> Floats:
         """All weights, float32 [rows, columns]."""
@@ -76,28 +77,26 @@ class Readers:
         return rank
 
 
-def readers(formats: Iterable[tuple[Site, QuantSpec]], *, share: bool = True) -> tuple[list[Readers], list[Refusal]]:
+def readers(plans: Mapping[Site, SitePlan], *, share: bool = True) -> tuple[list[Readers], list[Refusal]]:
     """The sites that can have a branch, those that read one value together, and why the others have none.
 
     Args:
-        formats: sites in topological order with their formats.
+        plans: sites in topological order with their plans, which have a weight format.
         share: whether sites that read one value are together.
     """
     refused: list[Refusal] = []
-    found: dict[object, list[tuple[Site, QuantSpec]]] = {}
-    for site, spec in formats:
+    found: dict[object, list[Site]] = {}
+    for site, plan in plans.items():
         reason = unfit(site) or _unfit_numbers(site)
         if reason is None:
-            found.setdefault((site.activation, site.columns, site.weight.dtype) if share else site, []).append(
-                (site, spec)
-            )
+            like = (site.activation, site.columns, site.weight.dtype, replace(plan, weight=None, variant=""))
+            found.setdefault(like if share else site, []).append(site)
         else:
             refused.append(Refusal(site.name, f"no branch: {reason}"))
     groups: list[Readers] = []
-    for members in found.values():
-        sites, specs = zip(*members, strict=True)
+    for sites in found.values():
         assert sites[0].activation is not None
-        groups.append(Readers(sites[0].activation, sites, specs))
+        groups.append(Readers(sites[0].activation, tuple(sites), tuple(plans[site] for site in sites)))
     return groups, refused
 
 
