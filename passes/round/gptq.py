@@ -8,6 +8,7 @@ matrix) make up for each other's errors: they are rounded as one matrix with a f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.errors import PassRefused
+from qcompiler.errors import BadOption, PassRefused
 from qcompiler.formats import QTensor, QuantSpec
 from qcompiler.formats.base import Floats
 from qcompiler.formats.fit import Method, encode, fit, quantize
@@ -45,9 +46,11 @@ class GPTQ(Pass):
     """Round the weights of all planned sites, each towards the smallest error of its own output.
 
     Attributes:
-        damping: share of the mean diagonal that is added to each Hessian.
-        order: columns in order of falling input power ("diagonal"), or as they are ("natural").
-        sequential: whether a site sees the rounded sites before it, or the float model.
+        damping: share of the mean diagonal that is added to each Hessian; ten times as much as long as it has no
+            Cholesky factor.
+        order: columns in order of falling input power ("diagonal", the paper's act-order), or as they are ("natural").
+            Scales of groups are fixed before that, so codes go back to their places and no group index is stored.
+        sequential: whether a site sees the rounded sites before it ("true sequential"), or the float model.
         follow: share of the error of its input that a site's target makes up for (sequential only).
         sweeps: of descent over codes and scales after GPTQ (see `refine`).
         samples: of the calibration data, at most.
@@ -64,12 +67,23 @@ class GPTQ(Pass):
     tokens: int = 8192
     clipping: Method = "mse"
 
+    def __post_init__(self) -> None:
+        name = self.registered_name()
+        if not 0 <= self.damping < math.inf:
+            raise BadOption(f"damping {self.damping:g} is no share of the mean diagonal", name, "0.01 to 0.1 is usual")
+        if not 0 <= self.follow <= 1:
+            raise BadOption(f"follow {self.follow:g} is no share of the error", name, "give a number from 0 to 1")
+        if self.sweeps < 0 or self.samples < 1 or self.tokens < 1:
+            what = f"{self.sweeps} sweeps, {self.samples} samples, {self.tokens} tokens"
+            raise BadOption(what, name, "sweeps are 0 or more, samples and tokens at least 1")
+
     def requires(self, model: Model) -> None:
         """Refuse a model without calibration data, or one that is lowered."""
         if model.lowered:
             raise PassRefused("the model is lowered already", where=model.name)
         if model.calibration is None:
-            raise PassRefused("GPTQ needs calibration data", where=model.name, fix="give data, or use 'nearest'")
+            what = f"{self.registered_name()} needs calibration data"
+            raise PassRefused(what, where=model.name, fix="give data, or use 'nearest'")
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.weights`; metrics hold the relative squared output error of each site, and of nearest.
@@ -141,13 +155,17 @@ class GPTQ(Pass):
         for columns, spec in zip(_places(product), specs, strict=True):
             part = np.ascontiguousarray(target[:, columns])
             nearest.append(encode(part, spec, *fit(part, spec, self.clipping, importance[:, columns])))
-        found = refine(target, factor.hessian, gptq_round(target, factor, nearest), self.sweeps)
+        found = self.improve(target, factor, gptq_round(target, factor, nearest))
         power = float(hessian_loss(target, factor.hessian).sum()) or 1.0
         losses = [float(hessian_loss(_decoded(q) - target, factor.hessian).sum()) / power for q in (found, nearest)]
         best = found if losses[0] <= losses[1] else nearest
         if not np.isfinite((power, *losses)).all():
             raise FloatingPointError
         return best, {"error": min(losses), "nearest": losses[1]}
+
+    def improve(self, target: Floats, factor: Factor, start: Sequence[QTensor]) -> list[QTensor]:
+        """What follows GPTQ: better codes and scales for a matrix [rows, columns], in the panels of `start`."""
+        return refine(target, factor.hessian, start, self.sweeps)
 
     def _grams(
         self, streams: Streams, segment: Segment, product: _Product, rng: np.random.Generator
@@ -190,7 +208,9 @@ def _by_input(segment: Segment, model: Model, sums: Sequence[_Product]) -> list[
     for product in dict.fromkeys(products.values()):
         first = product[0]
         plain = first.op in ("MatMul", "Gemm") and block_count(first) == 1
-        like = (tuple(site.activation for site in product), first.layout) if plain else first
+        plans = (model.plan.sites[site.name] for site in product)
+        rows = tuple((p.activation, p.activation_bits, p.activation_clip) for p in plans)
+        like = (tuple(site.activation for site in product), rows, first.layout) if plain else first
         groups.setdefault(like if first.activation is not None else None, []).append(product)
     return list(groups.values())
 

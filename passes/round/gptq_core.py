@@ -22,6 +22,7 @@ from qcompiler.formats.base import Floats
 Order = Literal["diagonal", "natural"]
 _BLOCK = 64  # columns between two updates of all later columns
 _RETRIES = 8
+_LEAST_DAMPING = 1e-6  # of a retry where none was asked for
 _POTRF, _TRTRI = get_lapack_funcs(("potrf", "trtri"), dtype=np.float64)
 
 
@@ -69,12 +70,13 @@ def factorize(
     places = np.argsort(keys, axis=1, kind="stable")
     mean = diagonal.mean(1, keepdims=True)
     for attempt in range(_RETRIES):
-        diagonal += mean * (damping * 10.0**attempt)
+        share = damping if attempt == 0 else max(damping, _LEAST_DAMPING) * 10.0**attempt
+        diagonal += mean * share
         upper = _inverse_factor(
             np.take_along_axis(np.take_along_axis(hessian, places[:, :, None], 1), places[:, None, :], 2)
         )
         if upper is not None:
-            return Factor(hessian.astype(np.float32), places, upper, damping * 10.0**attempt)
+            return Factor(hessian.astype(np.float32), places, upper, share)
     raise ValueError("the Gram matrix stays indefinite however it is damped")
 
 

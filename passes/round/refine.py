@@ -7,7 +7,7 @@ step raises the loss, so any number of sweeps is safe. Shapes as in `gptq_core`;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,9 +18,12 @@ from qcompiler.formats.base import Floats
 
 _BLOCK = 64
 _WIDE = 128
+Step = Callable[[QTensor, Floats, Floats], QTensor]
 
 
-def refine(matrix: Floats, hessian: Floats, start: Sequence[QTensor], sweeps: int) -> list[QTensor]:
+def refine(
+    matrix: Floats, hessian: Floats, start: Sequence[QTensor], sweeps: int, steps: Sequence[Step] | None = None
+) -> list[QTensor]:
     """Better codes and scales for a matrix.
 
     Args:
@@ -28,10 +31,12 @@ def refine(matrix: Floats, hessian: Floats, start: Sequence[QTensor], sweeps: in
         hessian: float32 [blocks, columns, columns], damped.
         start: codes to begin with: of all columns, or of panels of columns side by side.
         sweeps: passes over all codes and all scales.
+        steps: of a sweep, each from a panel, the Hessian of its columns and the pull on them to a better panel;
+            `refine_codes` and `refine_scales` if None.
     """
     found = list(start)
     ends = np.cumsum([0, *(panel.shape[1] for panel in start)])
-    for step in (refine_codes, refine_scales) * sweeps:
+    for step in tuple(steps or (refine_codes, refine_scales)) * sweeps:
         for place, (low, high) in enumerate(pairwise(ends.tolist())):
             error = matrix - np.concatenate([panel.decode() for panel in found], 1)
             pull = _product(error, hessian[:, :, low:high])

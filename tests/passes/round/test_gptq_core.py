@@ -145,6 +145,8 @@ def test_indefinite_gram_is_damped_more() -> None:
     _, gram = problem()
     broken = gram - 0.2 * np.mean(np.diag(gram)) * np.eye(100, dtype=np.float32)
     factor = factorize(broken, 0.01)
-    assert factor.damping > 0.01
+    assert factor.damping >= 0.1  # ten times as much
+    assert factorize(broken, 0.0).damping > 0.01  # none was asked for, some is needed
+    assert factorize(gram, 0.0).damping == 0
     with pytest.raises(ValueError, match="NaN"):
         factorize(np.full((3, 3), np.nan))

@@ -9,7 +9,7 @@ import pytest
 
 from qcompiler.budget import lowered_bytes, stored_bytes
 from qcompiler.calibration import Calibration
-from qcompiler.errors import PassRefused
+from qcompiler.errors import BadOption, PassRefused
 from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
@@ -93,6 +93,14 @@ def test_gptq_is_deterministic_and_not_sequential_on_request() -> None:
         codes.append(np.concatenate([q.codes.reshape(-1) for q in model.weights.values()]))
     np.testing.assert_array_equal(codes[0], codes[1])
     assert (codes[0] != codes[2]).any()
+
+
+@pytest.mark.parametrize(
+    "options", [{"damping": -0.1}, {"damping": float("nan")}, {"follow": 1.5}, {"sweeps": -1}, {"samples": 0}]
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(BadOption, match="gptq"):
+        GPTQ(**options)
 
 
 def test_eight_bits_and_more_return_the_weights() -> None:
