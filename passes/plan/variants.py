@@ -125,8 +125,11 @@ class Variants:
         return loss
 
     def commit(self, model: Model, decided: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
-        """Change the graph as decided; the same plans with plain formats, and the names of the transforms."""
-        for name, variant in self.made.items():
+        """Change the graph as decided; the same plans with plain formats, and the names of the transforms.
+
+        Those that cost nothing come first: they cannot be folded across branches in narrow numbers.
+        """
+        for name, variant in sorted(self.made.items(), key=lambda made: not made[1].free):
             chosen = {
                 site: plain(plan.weight) for site, plan in decided.items() if variant_of(plan) == name and plan.weight
             }

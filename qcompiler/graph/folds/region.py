@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.folds.labels import Classes, Dims, Labels, Unfit
-from qcompiler.graph.sites import FLOATS
+from qcompiler.graph.sites import BRANCH, FLOATS
 
 Kind = Literal["scale", "shift", "permute", "rotate"]
 DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -221,7 +221,11 @@ def label(node: ir.Node) -> str:
 
 
 def resolve(value: ir.Value) -> Constant | None:
-    """The initializer behind an operand, through Identity, Cast, plain Transpose and `1 + gamma`."""
+    """The initializer behind an operand, through Identity, Cast, plain Transpose and `1 + gamma`.
+
+    Raises:
+        Unfit: it is a low-rank branch's: its narrow numbers would be rounded again, which changes the function.
+    """
     offset, transposed, shared, direct = 0.0, False, "", True
     while not value.is_initializer():
         node = value.producer()
@@ -239,6 +243,9 @@ def resolve(value: ir.Value) -> Constant | None:
             return None
         shared = shared or _sharing(value)
         value, direct = inner, False
+    if BRANCH in value.metadata_props:
+        site = value.metadata_props[BRANCH]
+        raise Unfit(f"'{site}' has a low-rank branch, which would be rounded again: put transforms before it")
     return Constant(value, offset, transposed, shared or _sharing(value), direct)
 
 

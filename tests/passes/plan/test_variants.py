@@ -15,10 +15,11 @@ from onnx import helper
 import qcompiler as qc
 from qcompiler import registry
 from qcompiler.budget import bits_per_weight, lowered_bytes, stored_bytes
-from qcompiler.errors import BadOption, BudgetInfeasible
+from qcompiler.errors import BadOption, BudgetInfeasible, Refusal
 from qcompiler.formats import QuantSpec, parse_spec
 from qcompiler.formats.fit import quantize
 from qcompiler.formats.varied import VariedSpec, effective
+from qcompiler.graph.folds import find_fold
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.runner import Runner
@@ -131,6 +132,22 @@ def test_scales_before_and_behind_a_corrected_product_keep_its_effect() -> None:
     rounded = {s.name: quantize(s.matrix(), SPEC, "mse").decode() for s in find_sites(model.ir) if s.name in names}
     found = output(with_weights(model, rounded))  # scales of rows are rounded to float16 elsewhere: a few codes differ
     assert np.square(found - wanted).sum() < 0.05 * np.square(wanted - before).sum()
+
+
+def test_branches_come_behind_scales_whatever_the_order_of_the_names() -> None:
+    model = block(12.0)
+    before = output(model.ir)
+    menus = [Menu(site, (SitePlan(SPEC),)) for site in find_sites(model.ir)]
+    variants = Variants.ask(["lowrank", "scaled"], model, menus, Silent())
+    variety = {"gate": "scaled", "up": "scaled", "down": "lowrank"}
+    effects = {name: variants.offers[kind].effects[name] for name, kind in variety.items()}
+    decided = {n: SitePlan(VariedSpec.of(SPEC, kind, "", effects[n])) for n, kind in variety.items()}
+    variants.commit(model, decided)
+    assert close(before, output(model.ir))
+    assert [site.name for site in find_sites(model.ir) if site.branch] == ["down"]
+    refused = find_fold(model.ir, next(node for node in model.graph if node.name == "relu").outputs[0])
+    assert isinstance(refused, Refusal)
+    assert "put transforms before" in refused.reason
 
 
 def test_corrections_are_stored_with_their_sites_and_are_none() -> None:
