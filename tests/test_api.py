@@ -178,7 +178,7 @@ def test_load_tells_models_from_artifacts(work: Path) -> None:
 def test_recipes_are_complete_and_valid() -> None:
     from qcompiler import registry
 
-    assert recipes() == ["convolutional", "int8", "quick", "transformer"]
+    assert recipes() == ["convolutional", "decoder", "encoder", "int8", "quick"]
     from importlib import resources
 
     for name in recipes():
@@ -189,7 +189,7 @@ def test_recipes_are_complete_and_valid() -> None:
 
 
 def test_the_default_recipe_follows_the_model(work: Path) -> None:
-    assert default_recipe(qc.load(work)) == "transformer"
+    assert default_recipe(qc.load(work)) == "encoder"
     assert default_recipe(qc.load(write_model(work.with_name("conv.onnx"), conv=True))) == "convolutional"
 
 

@@ -81,7 +81,7 @@ def test_static_ranges_follow_activations_of_any_size(tmp_path: Path, factor: fl
     assert other.fidelity["sqnr_db"] == pytest.approx(plain.fidelity["sqnr_db"], abs=1)
 
 
-@pytest.mark.parametrize("pipeline", ["int8", "quick", "transformer"])
+@pytest.mark.parametrize("pipeline", ["int8", "quick", "encoder"])
 @pytest.mark.parametrize("numbers", [{"one": 1e30}, {"data": X * np.float32(1e30)}], ids=["weight", "data"])
 def test_huge_numbers_are_compiled_without_warnings(tmp_path: Path, pipeline: str, numbers: dict[str, Any]) -> None:
     result = compiled(tmp_path, pipeline=pipeline, **numbers)
@@ -93,7 +93,7 @@ def test_overflow_of_a_layer_is_refused_in_its_name(tmp_path: Path) -> None:
         compiled(tmp_path, one=2e38, data=X * 100)
 
 
-@pytest.mark.parametrize("pipeline", ["int8", "transformer"])
+@pytest.mark.parametrize("pipeline", ["int8", "encoder"])
 def test_data_of_very_different_sizes_is_refused_by_the_layer(
     tmp_path: Path, pipeline: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, nan
 from typing import Any
 
 from qcompiler.errors import BadOption, PassRefused, Refusal
@@ -22,7 +22,8 @@ _PLAIN = "nearest"
 class ChooseRounding(Pass):
     """Round a plan in several ways, keep the one that loses least, then try steps that refine it.
 
-    Rounding to nearest is always among them: what comes out is never worse than that on the samples held back.
+    Rounding to nearest is always among them: what comes out is never worse than that on the samples held back. With too
+    few samples to hold some back, the first rounding and all steps are taken.
 
     Attributes:
         among: roundings, each from the float weights; options as in "gptq: samples = 24".
@@ -58,8 +59,9 @@ class ChooseRounding(Pass):
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.weights`, and what else the kept steps fill; metrics hold every trial."""
-        race = _Race(HeldBack(model), model, progress)
-        for text, item in steps_of(self, tuple(dict.fromkeys((_PLAIN, *self.among)))).items():
+        race = _Race(HeldBack.of(model, progress, self.registered_name()), model, progress)
+        roundings = (_PLAIN, *self.among) if race.judge else (self.among or (_PLAIN,))[:1]
+        for text, item in steps_of(self, tuple(dict.fromkeys(roundings))).items():
             race.enter(model, (text,), item)
         plain, least = race.trials[0].loss, race.least.loss
         for text, item in steps_of(self, self.then).items():
@@ -68,7 +70,8 @@ class ChooseRounding(Pass):
             race.enter(race.best, (*race.steps, text), item)
         model.weights, model.bias_shift, model.ranges = race.best.weights, race.best.bias_shift, race.best.ranges
         told = " + ".join(race.steps)
-        progress.note(f"choose-rounding: {told}, loss on held-back samples {least:.4g} (to nearest {plain:.4g})")
+        if race.judge is not None:
+            progress.note(f"choose-rounding: {told}, loss on held-back samples {least:.4g} (to nearest {plain:.4g})")
         metrics = race.metrics | {"trials": [trial.to_json() for trial in race.trials], "chosen": told}
         return PassReport(self.registered_name(), len(model.weights), tuple(race.refused), metrics)
 
@@ -78,7 +81,7 @@ class _Race:
     """Roundings of one plan, and the best of them so far.
 
     Attributes:
-        judge: says what each loses.
+        judge: says what each loses; None: every step is taken.
         best: the model that loses least.
         progress: shown to the steps.
         least: the trial that made it.
@@ -87,7 +90,7 @@ class _Race:
         refused: what those left alone, and steps that could not be had.
     """
 
-    judge: HeldBack
+    judge: HeldBack | None
     best: Model
     progress: Progress
     least: Trial = field(default_factory=lambda: Trial((), inf, 0.0))
@@ -110,8 +113,8 @@ class _Race:
                 raise
             self.refused.append(Refusal(reason.where or start.name, f"{steps[-1]}: {reason.what}"))
             return
-        trial = Trial(steps, self.judge.loss(work), time.monotonic() - began)
-        if trial.loss < self.least.loss or not self.trials:
+        trial = self._trial(steps, work, began)
+        if trial.loss < self.least.loss or not self.trials or self.judge is None:
             self.best, self.least = work, trial
             self.metrics = {**self.metrics, **report.metrics} if len(steps) > 1 else dict(report.metrics)
             self.refused += report.refused
@@ -124,12 +127,15 @@ class _Race:
         self.metrics |= report.metrics
         self.refused += report.refused
         if report.changed:
-            self.least = Trial((*self.steps, text), self.judge.loss(self.best), time.monotonic() - began)
+            self.least = self._trial((*self.steps, text), self.best, began)
             self.trials.append(self.least)
+
+    def _trial(self, steps: tuple[str, ...], work: Model, began: float) -> Trial:
+        return Trial(steps, nan if self.judge is None else self.judge.loss(work), time.monotonic() - began)
 
     def _taken(self, start: Model, item: Pass) -> tuple[Model, PassReport]:
         work = start.clone()
-        work.calibration = self.judge.fit
+        work.calibration = start.calibration if self.judge is None else self.judge.fit
         item.requires(work)
         report = item.run(work, self.progress)
         spill(work, start)

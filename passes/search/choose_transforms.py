@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import ClassVar, Literal, get_args
 
 from qcompiler.budget import parse_budget
@@ -34,7 +35,7 @@ class ChooseTransforms(Pass):
 
     Attributes:
         among: transforms in the order in which they are applied; options as in "smooth: strength = 0.3".
-        start: those that are applied if no time is left to try.
+        start: those that are applied where there is no time, or too little data, to try.
         rounding: what trials round with.
         seconds: time that trials may take; one that has begun is finished.
         pairs: also try every two of them, for the table of interactions.
@@ -79,7 +80,7 @@ class ChooseTransforms(Pass):
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Try, choose, apply."""
-        trials = self._trials(model, progress) if self.among else [Trial((), 0.0, 0.0)]
+        trials = self._trials(model, progress) if self.among else [Trial((), nan, 0.0)]
         best = _fewest(trials)
         steps = steps_of(self, self.among)
         reports: list[PassReport] = []
@@ -95,9 +96,10 @@ class ChooseTransforms(Pass):
 
     def _trials(self, model: Model, progress: Progress) -> list[Trial]:
         """All trials, in the order in which they were made."""
-        if self.seconds == 0:
-            return [Trial(self._ordered(self.start), 0.0, 0.0)]
-        judge, end = HeldBack(model), time.monotonic() + self.seconds
+        judge = HeldBack.of(model, progress, self.registered_name()) if self.seconds else None
+        if judge is None:
+            return [Trial(self._ordered(self.start), nan, 0.0)]
+        end = time.monotonic() + self.seconds
         done: dict[_Steps, Trial] = {}
         first = [(), self.start, *((text,) for text in self.among)]
         if self.pairs:

@@ -9,14 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler import registry
-from qcompiler.errors import PassRefused
 from qcompiler.evaluate.classes import kinds_of_outputs
 from qcompiler.measure.loss import Kind, output_loss
 from qcompiler.measure.memory import spill
 from qcompiler.measure.runner import Runner
 from qcompiler.measure.stream import calibration_of
 from qcompiler.model import Model
-from qcompiler.progress import Silent
+from qcompiler.progress import Progress, Silent
 from qcompiler.scratch import spilled
 
 Array = npt.NDArray[Any]
@@ -32,21 +31,15 @@ class HeldBack:
     """The loss of models that are rounded and not yet lowered, on the last eighth of the calibration data.
 
     Args:
-        model: float, with calibration data of 4 samples or more.
+        model: float, with as much calibration data as `of` asks for.
 
     Attributes:
         fit: the samples that a trial may be fitted on.
         samples: that are judged by.
-
-    Raises:
-        PassRefused: there are too few samples to hold one back.
     """
 
     def __init__(self, model: Model) -> None:
         data = calibration_of(model)
-        if data.count < _LEAST:
-            what = f"{data.count} calibration samples are too few to hold one back"
-            raise PassRefused(what, model.name, f"give {_LEAST} or more, or use --effort low")
         held = min(_MOST_SAMPLES, max(1, data.count // _SHARE))
         self.fit = data.take(data.count - held)
         original, judges = Runner(model.ir), data.part(data.count - held, data.count)
@@ -57,6 +50,21 @@ class HeldBack:
             self._truth.append((feeds, {name: spilled(array) for name, array in original(feeds).items()}))
             self.samples += _rows(feeds)
         self._kinds: dict[str, Kind] = kinds_of_outputs(*self._truth[0])
+
+    @classmethod
+    def of(cls, model: Model, progress: Progress, asking: str) -> HeldBack | None:
+        """A judge, or None, which the user is told, where there are fewer than 4 samples: too few to spare one.
+
+        Args:
+            model: float, with calibration data.
+            progress: where the user is told.
+            asking: which pass.
+        """
+        count = calibration_of(model).count
+        if count >= _LEAST:
+            return cls(model)
+        progress.note(f"{asking}: {count} samples are too few to try anything on; give {_LEAST} or more")
+        return None
 
     def loss(self, model: Model) -> float:
         """Mean KL divergence of class scores in nats, or normalised squared error; infinite where no number comes out.

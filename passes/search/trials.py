@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from math import log
+from math import isfinite, log
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class Trial:
 
     Attributes:
         steps: that were taken.
-        loss: on the held-back samples; infinite if it could not be had.
+        loss: on the held-back samples; infinite if it could not be had, NaN if there was nothing to judge by.
         seconds: that it took when it was measured.
         refused: why it could not be had.
     """
@@ -35,8 +35,8 @@ class Trial:
     refused: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """For the report; a loss that is infinite is None."""
-        return asdict(self) | {"steps": list(self.steps), "loss": self.loss if self.loss < float("inf") else None}
+        """For the report; a loss that is no number is None."""
+        return asdict(self) | {"steps": list(self.steps), "loss": self.loss if isfinite(self.loss) else None}
 
 
 def steps_of(outer: Pass, texts: Sequence[str]) -> dict[str, Pass]:

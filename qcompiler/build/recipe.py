@@ -8,12 +8,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from qcompiler.budget import is_embedding
 from qcompiler.errors import BadOption
 from qcompiler.graph.sites import find_sites
 from qcompiler.model import Model
 from qcompiler.pipeline import EFFORTS, Pass, Pipeline
 
 ACTIVATIONS = ("auto", "float", "static", "dynamic")
+AUTO = "auto"
+_LOGITS_RANK = 3  # samples, positions, vocabulary
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 
@@ -58,14 +61,14 @@ def build_pipeline(choice: str | Path | Pipeline | None, model: Model, options: 
     """The pipeline to run, its passes filled with the options.
 
     Args:
-        choice: name of a recipe, path of a TOML file, a Pipeline, or None for the recipe that suits the model.
+        choice: name of a recipe, path of a TOML file, a Pipeline; "auto" or None: the recipe that suits the model.
         model: the model to be compiled.
         options: an option of the user wins over what a TOML file says about it.
 
     Raises:
         BadOption: no such recipe, or an option that no pass of the pipeline takes.
     """
-    if choice is None:
+    if choice is None or str(choice) == AUTO:
         choice = default_recipe(model)
     if isinstance(choice, Pipeline):
         if "effort" in options.given:
@@ -76,11 +79,19 @@ def build_pipeline(choice: str | Path | Pipeline | None, model: Model, options: 
 
 
 def default_recipe(model: Model) -> str:
-    """The recipe "convolutional" where convolutions hold most weights or most of the layers, else "transformer"."""
+    """The recipe that suits a model.
+
+    "convolutional" where convolutions hold most weights or most of the layers; "decoder" where an output has a number
+    for each row of a table that is looked up (logits over a vocabulary); else "encoder".
+    """
     sites = find_sites(model.ir)
     conv = [s for s in sites if s.op in _CONVOLUTIONS]
     heavy = 2 * sum(s.count for s in conv) > sum(s.count for s in sites)
-    return "convolutional" if heavy or 2 * len(conv) > len(sites) else "transformer"
+    if heavy or 2 * len(conv) > len(sites):
+        return "convolutional"
+    vocabularies = {s.shape[0] for s in sites if is_embedding(s)}
+    scores = {v.shape[-1] for v in model.graph.outputs if v.shape is not None and len(v.shape) == _LOGITS_RANK}
+    return "decoder" if vocabularies & scores else "encoder"
 
 
 def fill(pipeline: Pipeline, options: Options) -> Pipeline:
@@ -146,7 +157,7 @@ def _load(choice: str, effort: str, asked: bool) -> Pipeline:
         text = (resources.files("qcompiler.passes") / "recipes" / f"{choice}.toml").read_text("utf-8")
         return Pipeline.from_toml(text, f"recipe {choice}", effort, asked=asked)
     if not Path(choice).exists():
-        names = ", ".join(recipes())
+        names = ", ".join((AUTO, *recipes()))
         raise BadOption(
             f"there is no recipe and no file '{choice}'", "--pipeline", f"give a TOML file or one of {names}"
         )

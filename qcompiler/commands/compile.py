@@ -45,7 +45,12 @@ def command(
     ] = None,
     preprocess: Annotated[str | None, typer.Option(help="How a folder of images becomes inputs.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json that turns a text file into inputs.")] = None,
-    pipeline: Annotated[str | None, typer.Option(metavar="FILE", help="A TOML file or the name of a recipe.")] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            "--pipeline", "--recipe", metavar="FILE", help="A TOML file or the name of a recipe; auto suits the model."
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Weights to leave float: globs on their names, or 'embeddings'."),

@@ -112,17 +112,25 @@ def test_static_ranges_come_between_rounding_and_refinement() -> None:
     assert HeldBack(model).loss(model) == pytest.approx(min(rows[rounded], rows[*rounded, "bias-correction"]))
 
 
-def test_a_rounding_that_refuses_is_reported() -> None:
+def test_a_rounding_that_refuses_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     Uniform(spec="int4-sym-channel-fp16").run(model, Silent())
-    report = ChooseRounding(among=("gptq: samples = 8",), after=()).run(model, Silent())
-    assert report.refused == ()
-    model.weights.clear()
-    assert model.calibration is not None
-    short = model.calibration.take(3)
-    model.calibration = short
-    with pytest.raises(PassRefused, match="too few to hold one back"):
-        ChooseRounding().run(model, Silent())
+    monkeypatch.setattr(Refuses, "contract", "lossy")
+    report = ChooseRounding(among=("refuses", "gptq")).run(model, Silent())
+    assert [(r.where, r.reason) for r in report.refused] == [("everywhere", "refuses: not here")]
+    assert report.metrics["chosen"].startswith("gptq")
+
+
+def test_with_too_few_samples_nothing_is_tried() -> None:
+    model, told = mlp(samples=3), list[str]()
+    listening = type("Listening", (Silent,), {"note": lambda self, text: told.append(text)})()
+    report = ChooseTransforms(among=("scale-fold", "smooth"), start=("smooth",)).run(model, listening)
+    assert report.metrics["chosen"] == "smooth"
+    Uniform(spec="int4-sym-channel-fp16").run(model, Silent())
+    report = ChooseRounding(among=("gptq", "wreck"), after=("bias-correction",)).run(model, listening)
+    assert report.metrics["chosen"] == "gptq + bias-correction"
+    assert [row["loss"] for row in report.metrics["trials"]] == [None, None]
+    assert sum("3 samples are too few" in text for text in told) == 2
 
 
 def test_transforms_are_chosen_by_the_rounded_loss() -> None:
