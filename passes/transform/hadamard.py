@@ -1,8 +1,8 @@
 """Hadamard matrices: entries of +-1, orthogonal rows; turned by one, an outlier is shared out evenly.
 
 Orders: 1, 2, p + 1 for a prime p = 3 mod 4 and 2 (p + 1) for a prime p = 1 mod 4 (Paley), and twice any of these
-(Sylvester). So 12, 20, 28, 36, 60, ... and with them most widths of transformers. Other orders get a block-diagonal
-matrix of the largest blocks that there are.
+(Sylvester). So 12, 20, 28, 36, 60, ... and with them most widths of transformers. For other orders there are
+orthogonal matrices whose entries are nearly as even (`even`).
 """
 
 from __future__ import annotations
@@ -16,24 +16,54 @@ Floats = npt.NDArray[np.float64]
 
 
 def rotation(width: int, seed: int = 0, block: int = 0, *, keep_mean: bool = False) -> Floats:
-    """A random orthogonal matrix, diag(+-1) H / sqrt(block), float64 [width, width].
+    """A random orthogonal matrix with entries of about equal size, diag(+-1) H, float64 [width, width].
 
     Args:
         width: of what it turns.
         seed: of the signs.
-        block: order of the Hadamard blocks; 0: the largest.
+        block: order of Hadamard blocks on the diagonal; 0: one matrix that mixes everything.
         keep_mean: make one that maps the vector of ones to itself, see `mean_kept`.
 
     Raises:
         ValueError: the blocks don't divide the width, or no such Hadamard matrix is known.
     """
-    size = block or largest_block(width)
+    size = block or width
     if width < 1 or width % size:
         raise ValueError(f"blocks of {size} don't divide {width}")
+    if block and _construction(block) is None:
+        raise ValueError(f"no Hadamard matrix of order {block} is known here")
     rng = np.random.default_rng(seed)
-    matrix = rng.choice([-1.0, 1.0], (width, 1)) * np.kron(np.eye(width // size), hadamard(size) / np.sqrt(size))
+    matrix = rng.choice([-1.0, 1.0], (width, 1)) * _diagonal(even(size), width // size)
     # Without signs of columns one row would sum to sqrt(size), and the reflection would be in that row.
     return mean_kept(matrix * rng.choice([-1.0, 1.0], width)) if keep_mean else matrix
+
+
+def even(width: int) -> Floats:
+    """An orthogonal matrix of any order whose entries are about 1 / sqrt(width), at most sqrt(2) of that.
+
+    A Hadamard matrix; of orders that have none, Hartley's matrix of the part that is in the way, times one.
+    """
+    size = largest_block(width)
+    return np.kron(_hartley(width // size), hadamard(size) / np.sqrt(size))
+
+
+def factors(width: int) -> tuple[int, int]:
+    """Two orders whose matrices make one of this width (as a Kronecker product) with the least work.
+
+    They are orders of Hadamard matrices as far as possible; the first is that of the outer axis.
+    """
+    pairs = [(a, width // a) for a in range(1, width + 1) if width % a == 0]
+    return min(pairs, key=lambda pair: (sum(_construction(d) is None for d in pair), sum(pair)))
+
+
+def _diagonal(block: Floats, times: int) -> Floats:
+    return np.asarray(np.kron(np.eye(times), block), np.float64)
+
+
+def _hartley(order: int) -> Floats:
+    """Cosine plus sine: real, symmetric and orthogonal for every order."""
+    angle = 2 * np.pi * np.outer(np.arange(order), np.arange(order)) / order
+    return (np.cos(angle) + np.sin(angle)) / np.sqrt(order)
 
 
 def mean_kept(matrix: Floats) -> Floats:

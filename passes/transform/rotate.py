@@ -14,6 +14,7 @@ from qcompiler.graph.folds import Stream, find_stream
 from qcompiler.graph.topology import residual_streams
 from qcompiler.model import Model
 from qcompiler.passes.transform.hadamard import largest_block, rotation
+from qcompiler.passes.transform.inner_rotation import turn_heads, turn_online
 from qcompiler.passes.transform.inputs import require_float
 from qcompiler.pipeline import EXACT, Pass, PassReport
 from qcompiler.progress import Progress
@@ -31,14 +32,22 @@ class Rotate(Pass):
     Source: QuaRot (2404.00456), the part that folds (R1 in SpinQuant). Its code subtracts the mean of the embedding's
     rows also before RMS norms, which changes the function; here nothing is subtracted.
 
+    Values that only pass an attention between two weights can be turned head by head as well, at no cost. What else
+    products read, as behind gates and activations, is turned where the graph runs: by explicit small products
+    (`qcompiler::Hadamard`) whose inverses are in the weights.
+
     Attributes:
         block: order of Hadamard matrices on the diagonal; 0: one matrix that mixes all channels.
         seed: of the signs.
+        heads: turn values within heads too (R2).
+        online: turn by explicit products what no folded matrix reaches (R4), and across heads.
     """
 
     contract: ClassVar[Literal["exact", "lossy"]] = EXACT
     block: int = 0
     seed: int = 0
+    heads: bool = False
+    online: bool = False
 
     def requires(self, model: Model) -> None:
         """Float weights, no plan yet."""
@@ -50,15 +59,22 @@ class Rotate(Pass):
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Turn what can be turned."""
         refused: list[Refusal] = []
+        done: set[ir.Value] = set()
         turned: dict[str, Any] = {}
         for number, residual in enumerate(progress.track(residual_streams(model.ir), "Rotating")):
             value = residual.values[0]
-            reason = self._turn(model.ir, value, number, turned)
+            reason = self._turn(model.ir, value, number, turned, done)
             if reason is not None:
                 refused.append(reason)
-        return PassReport(self.registered_name(), len(turned), tuple(refused), {"streams": turned} if turned else {})
+        heads, counts = turn_heads(model.ir, self.seed, done) if self.heads else ({}, {})
+        online, kept = turn_online(model.ir, self.seed, self.block, done, counts) if self.online else ({}, [])
+        metrics = {name: facts for name, facts in (("streams", turned), ("heads", heads), ("online", online)) if facts}
+        changed = len(turned) + len(heads) + len(online)
+        return PassReport(self.registered_name(), changed, (*refused, *kept), metrics)
 
-    def _turn(self, model: ir.Model, value: ir.Value, number: int, turned: dict[str, Any]) -> Refusal | None:
+    def _turn(
+        self, model: ir.Model, value: ir.Value, number: int, turned: dict[str, Any], done: set[ir.Value]
+    ) -> Refusal | None:
         name = value.name or "?"
         stream = find_stream(model, value)
         if isinstance(stream, Refusal):
@@ -72,6 +88,7 @@ class Rotate(Pass):
         stream, products = free
         before = _peak(stream)
         stream.rotate(rotation(stream.width, self.seed + number, self.block, keep_mean=bool(stream.keeps_mean)))
+        done |= {*stream.values, *(node.inputs[0] for node in products if node.inputs[0] is not None)}
         facts = {"width": stream.width, "block": block, "writers": len(stream.writers), "readers": len(stream.readers)}
         turned[name] = facts | {
             "inserted": [node.name for node in products],

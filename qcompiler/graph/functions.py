@@ -80,7 +80,7 @@ def unpack_function(bits: int, signed: bool, opset: int) -> ir.Function:
             "  codes = Sub (wide, middle)",
         ]
     inputs = ", ".join(f"plane{i}" for i in range(len(planes)))
-    return _parse(f"{unpack_name(bits, signed)} <shape> ({inputs}) => (codes)", "\n".join(lines), opset)
+    return parse_function(f"{unpack_name(bits, signed)} <shape> ({inputs}) => (codes)", "\n".join(lines), opset)
 
 
 def unpack_name(bits: int, signed: bool) -> str:
@@ -93,7 +93,7 @@ def quantize_rows_function(opset: int) -> ir.Function:
 
     scale = max|x| over the last axis / 127 (1 where that is zero); y = clip(rint(x / scale), -127, 127) * scale.
     """
-    return _parse(f"{QUANTIZE_ROWS} (x) => (y)", ROWS_BODY, opset)
+    return parse_function(f"{QUANTIZE_ROWS} (x) => (y)", ROWS_BODY, opset)
 
 
 def quantize_rows_to_function(opset: int) -> ir.Function:
@@ -101,7 +101,7 @@ def quantize_rows_to_function(opset: int) -> ir.Function:
 
     scale = clip * max|x| over the last axis / limit (1 where that is zero).
     """
-    return _parse(f"{QUANTIZE_ROWS_TO} <limit, clip> (x) => (y)", ROWS_TO_BODY, opset)
+    return parse_function(f"{QUANTIZE_ROWS_TO} <limit, clip> (x) => (y)", ROWS_TO_BODY, opset)
 
 
 def rounded_rows(model: ir.Model, x: ir.Value, bits: int, clip: float, name: str) -> ir.Node:
@@ -134,7 +134,7 @@ def merge_function(opset: int) -> ir.Function:
     Its attributes are `wide`, the shape of the matrix with all groups whole; `columns`, how many of its columns are
     kept; `shape`, what the matrix is then seen as; and `perm`, the transposition that follows.
     """
-    return _parse(MERGE_SIGNATURE, MERGE_BODY, opset)
+    return parse_function(MERGE_SIGNATURE, MERGE_BODY, opset)
 
 
 def add_function(model: ir.Model, function: ir.Function) -> None:
@@ -143,7 +143,8 @@ def add_function(model: ir.Model, function: ir.Function) -> None:
     model.graph.opset_imports.setdefault(DOMAIN, 1)
 
 
-def _parse(signature: str, body: str, opset: int) -> ir.Function:
+def parse_function(signature: str, body: str, opset: int) -> ir.Function:
+    """A function of this domain out of its text, in ONNX's own language."""
     text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{signature} {{\n{body}\n}}'
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))
 

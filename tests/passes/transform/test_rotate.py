@@ -3,16 +3,22 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
+from qcompiler.formats import Int, PerChannel, QuantSpec
 from qcompiler.graph.sites import find_sites
+from qcompiler.measure.fx_twin import fx_twin
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
-from qcompiler.passes.transform.hadamard import hadamard, largest_block, mean_kept, rotation
+from qcompiler.passes.lower.insert_qdq import InsertQDQ
+from qcompiler.passes.round.nearest import Nearest
+from qcompiler.passes.transform.hadamard import factors, hadamard, largest_block, mean_kept, rotation
 from qcompiler.passes.transform.rotate import Rotate
 from qcompiler.pipeline import PassReport, Pipeline
-from tests.graph.architectures import ARCHITECTURES, LAYERS, WIDTH, Net, feeds_for, inject_outliers
+from qcompiler.plan import SitePlan
+from tests.graph.architectures import ARCHITECTURES, HEAD, HEADS, LAYERS, WIDTH, Net, feeds_for, inject_outliers
 
 
 def model_of(graph: ir.Model) -> Model:
@@ -32,22 +38,32 @@ def test_hadamard_matrices(order: int) -> None:
     assert np.array_equal(h @ h.T, order * np.eye(order))
 
 
-def test_widths_without_a_hadamard_matrix_get_blocks() -> None:
+def test_every_width_has_an_even_matrix() -> None:
     assert [largest_block(n) for n in (576, 1536, 896, 184, 46, 9, 1)] == [576, 1536, 896, 8, 2, 1, 1]
-    q = rotation(184)
-    assert np.abs(q @ q.T - np.eye(184)).max() < 1e-12
-    assert np.count_nonzero(q) == 184 * 8
+    for width in (184, 46, 9, 1):
+        q = rotation(width)
+        assert np.abs(q @ q.T - np.eye(width)).max() < 1e-12
+        assert np.abs(q).max() <= np.sqrt(2 / width) + 1e-12
     assert np.abs(rotation(576, block=64)).max() == pytest.approx(1 / 8)
+    assert np.count_nonzero(rotation(184, block=8)) == 184 * 8
     assert not np.array_equal(rotation(64, 0), rotation(64, 1))
     with pytest.raises(ValueError, match="don't divide"):
         rotation(36, block=8)
     with pytest.raises(ValueError, match="order 3"):
         hadamard(3)
+    with pytest.raises(ValueError, match="order 9"):
+        rotation(18, block=9)
+
+
+def test_factors_are_hadamard_orders_where_that_is_possible() -> None:
+    assert [factors(n) for n in (64, 576, 1536, 384, 184, 9, 1)] == [
+        (8, 8), (24, 24), (32, 48), (16, 24), (8, 23), (1, 9), (1, 1)
+    ]  # fmt: skip
 
 
 def test_a_matrix_that_keeps_the_mean_is_nearly_flat() -> None:
     q = rotation(576, 3, keep_mean=True)
-    assert np.abs(q @ q.T - np.eye(64)).max() < 1e-12
+    assert np.abs(q @ q.T - np.eye(576)).max() < 1e-12
     assert np.abs(q.sum(0) - 1).max() < 1e-12
     assert np.abs(q.sum(1) - 1).max() < 1e-12
     assert np.abs(q).max() < 2 / 24  # 1 / 24 before
@@ -136,12 +152,79 @@ def test_blocks_must_fit() -> None:
     assert facts["block"] == 4
 
 
-def test_an_odd_width_is_left_alone() -> None:
+def test_an_odd_width_turns_too_unless_blocks_are_asked_for() -> None:
     net = Net()
     x = net.op("Gather", net.random(40, 9), net.input("ids", ["batch", 5], ir.DataType.INT64))
     x = net.op("Add", x, net.linear(net.op("Relu", net.linear(x, 9, 12)), 12, 9))
-    report = run(model_of(net.model(net.linear(x, 9, 40))), Rotate())
-    assert "9 channels" in report.refused[0].reason
+    graph = net.model(net.linear(x, 9, 40))
+    assert "9 channels" in run(model_of(graph), Rotate(block=4)).refused[0].reason
+    assert run(model_of(graph), Rotate()).changed == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "llama-fused", "gemma", "vit", "bert"])
+def test_heads_turn_for_nothing_and_the_rest_where_the_graph_runs(name: str) -> None:
+    model = model_of(ARCHITECTURES[name]())
+    sites = [site.name for site in find_sites(model.ir)]
+    nodes = len(list(model.graph))
+    heads = run(model, Rotate(heads=True)).metrics["heads"]
+    assert [facts["blocks"] for facts in heads.values()] == [HEADS] * LAYERS
+    inserted = 2 if name == "gemma" else 0
+    assert len(list(model.graph)) == nodes + inserted  # nothing of it runs
+    model = model_of(ARCHITECTURES[name]())
+    report = run(model, Rotate(heads=True, online=True))
+    online = report.metrics["online"]
+    across = [facts for value, facts in online.items() if value in heads and facts["sizes"] == [1, HEADS, HEAD]]
+    gates = [facts for facts in online.values() if facts["width"] == 24]
+    assert (len(across), len(gates)) == (LAYERS, LAYERS)
+    made = [node for node in model.graph if node.domain == "qcompiler"]
+    assert len(made) == len(online)
+    assert [site.name for site in find_sites(model.ir)][: len(sites)] == sites or name == "gemma"
+
+
+def test_online_matrices_share_constants_and_reach_every_product_behind_norms_that_cannot_turn() -> None:
+    model = model_of(ARCHITECTURES["bert"]())
+    report = run(model, Rotate(online=True))
+    turned = {name for facts in report.metrics["online"].values() for name in facts["sites"]}
+    assert turned == {site.name for site in find_sites(model.ir) if site.op != "Gather"}
+    constants = [name for name in model.graph.initializers if name.startswith("hadamard")]
+    assert len(constants) == 4  # 4 x 4 and 2 x 12
+    assert "cannot cross LayerNormalization" in report.refused[0].reason
+
+
+def test_blocks_of_online_matrices() -> None:
+    model = model_of(ARCHITECTURES["bert"]())
+    online = run(model, Rotate(online=True, block=8)).metrics["online"]
+    assert {tuple(facts["sizes"]) for facts in online.values()} == {(2, 2, 4), (3, 2, 4)}
+    report = run(model_of(ARCHITECTURES["bert"]()), Rotate(online=True, block=16))
+    assert any("not made of Hadamard blocks of 16" in refusal.reason for refusal in report.refused)
+
+
+def test_a_weight_with_two_inputs_is_not_turned_online() -> None:
+    net = Net()
+    shared = net.random(12, 12)
+    h = net.op("Relu", net.op("MatMul", net.op("Relu", net.input("x", ["batch", 12])), shared))
+    model = model_of(net.model(net.op("MatMul", h, shared)))
+    report = run(model, Rotate(online=True))
+    assert report.changed == 0
+    assert "read other values too" in report.refused[0].reason
+
+
+def test_online_matrices_survive_lowering_and_the_differentiable_twin() -> None:
+    model = model_of(ARCHITECTURES["llama-gqa"]())
+    feeds = feeds_for(model.ir)
+    wanted = next(iter(Runner(model.ir)(feeds).values()))
+    run(model, Rotate(heads=True, online=True))
+    twin = fx_twin(model.ir)
+    found = twin(*(torch.from_numpy(feeds[v.name or ""]) for v in model.graph.inputs))[0].detach().numpy()
+    assert np.abs(found - wanted).max() / np.abs(wanted).max() < 1e-5
+    eight = QuantSpec(Int(8), PerChannel(), True)
+    plans = {s.name: SitePlan(eight, "float" if s.op == "Gather" else "dynamic") for s in find_sites(model.ir)}
+    model.plan = model.plan.with_sites(plans)
+    Pipeline([Nearest(), InsertQDQ()]).run(model)
+    lowered = next(iter(Runner(model.ir)(feeds).values()))
+    assert 0 < np.abs(lowered - wanted).max() / np.abs(wanted).max() < 0.1
+    rows = [node for node in model.graph if node.op_type == "QuantizeRows"]
+    assert sum(node.inputs[0].producer().op_type.startswith("Hadamard") for node in rows) == 2 * LAYERS  # type: ignore[union-attr]
 
 
 def test_after_rounding_it_is_too_late() -> None:
