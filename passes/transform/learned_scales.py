@@ -53,6 +53,12 @@ class LearnedScales:
         """One [ties] a fold."""
         return self._logs
 
+    @torch.no_grad()
+    def forget(self) -> None:
+        """All scales are 1 again."""
+        for logs in self._logs:
+            logs.zero_()
+
     def found(self) -> list[Floats]:
         """[channels] a fold: what `Fold.scale` wants."""
         held = [self._held(number).detach().double().exp().numpy() for number in range(len(self.folds))]

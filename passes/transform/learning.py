@@ -80,7 +80,7 @@ class Learning(Pass):
         all_of_it: bool = False,
         make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
     ) -> tuple[float, float]:
-        """Descend; the loss on samples held back, before and after.
+        """Descend; the loss on samples held back, before and after; if it became no smaller, the twin begins again.
 
         Args:
             model: of the twin.
@@ -107,7 +107,10 @@ class Learning(Pass):
         )  # fmt: skip
         if not all_of_it:
             twin.reset()
-        return before, lesson.judge(twin)
+        after = lesson.judge(twin)
+        if not after < before:
+            twin.reset(transform=True)
+        return before, after
 
     def report(self, losses: tuple[float, float], changed: int, refused: Sequence[Refusal]) -> PassReport:
         """What came out; nothing is changed where the loss has not become smaller."""

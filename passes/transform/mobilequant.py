@@ -29,8 +29,8 @@ class MobileQuant(Learning):
         scale_rate: of the logarithms of the scales.
         share_rate: of the clipping of weights: of the logit of the share of a group's range that its grid spans.
         range_rate: of the ends of static activation grids, in shares of their span.
-        codes: also keep the weights as they are rounded with the learned clipping, and the learned activation ranges;
-            else passes for that come after this one, and choose them anew.
+        codes: also round the weights, with the learned clipping, and keep the learned activation ranges; else passes
+            for that come after this one, and choose them anew.
     """
 
     rates: ClassVar[tuple[str, ...]] = ("scale_rate", "share_rate", "range_rate")
@@ -56,7 +56,7 @@ class MobileQuant(Learning):
         if report.metrics["kept"]:
             for fold, s in zip(folds, scales.found(), strict=True):
                 fold.scale(s)
-            if self.codes:
-                model.ranges.update(twin.ranges())
-                model.weights.update(twin.codes(model))
+        if self.codes:
+            model.ranges.update(twin.ranges())
+            model.weights.update(twin.codes(model))
         return report

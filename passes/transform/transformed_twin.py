@@ -43,6 +43,10 @@ class LearnedTransform(Protocol):
         """What is learned of it."""
         ...
 
+    def forget(self) -> None:
+        """Go back to changing nothing."""
+        ...
+
     def attach(self, twin: TransformedTwin) -> None:
         """Say how constants change: `twin.change`."""
         ...
@@ -125,7 +129,7 @@ class TransformedTwin(LearningTwin):
         self._leaves[key].changes.append(change)
 
     def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
-        """What can be learned: the transform's own by its kind, "share" and "range" -> parameters, where there are any."""
+        """What can be learned: the transform's own by its kind, "share" and "range" -> parameters, those there are."""
         found = {
             self._transform.kind: self._transform.parameters(),
             "share": [weight.share for weight in self.weights.values() if weight.share is not None],
@@ -151,8 +155,10 @@ class TransformedTwin(LearningTwin):
             leaf.parameter.grad = None
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Begin again with the ranges of weights and activations, for the transform as learned so far."""
+    def reset(self, *, transform: bool = False) -> None:
+        """Begin again with the ranges of weights and activations; with the transform too, or as learned so far."""
+        if transform:
+            self._transform.forget()
         for leaf in self._leaves.values():
             last = leaf.changes[-1]
             if isinstance(last, RoundedWeight):
