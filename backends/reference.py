@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.formats import Promoted, QTensor
+from qcompiler.formats import PerRowGroup, Promoted, QTensor
 from qcompiler.formats.promoted import split_zero
 
 Floats = npt.NDArray[np.float32]
@@ -83,6 +83,8 @@ def conv(
 
 def group_sums(a: Ints, weight: QTensor) -> Int32s:
     """int32 [..., N, G]: for every group of columns the sum of a * (code - zero); a [..., K] symmetric codes."""
+    if isinstance(weight.spec.granularity, PerRowGroup):
+        raise ValueError(f"{weight.spec}: codes of groups of rows are scaled before they are summed up")
     rows, columns = weight.shape
     groups = weight.scale.shape[1]
     size = weight.spec.granularity.group_size(columns)

@@ -14,6 +14,7 @@ from qcompiler.backends.onnx.fast_form import FastForm, fast_form
 from qcompiler.backends.onnx.session import OrtRunnable, optimized_operations, session_options, unfused
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.formats import Granularity, Int, PerChannel, PerGroup, Promoted, QuantSpec, UInt
+from qcompiler.graph.codes import row_groups_refusal
 from qcompiler.graph.sites import Site
 from qcompiler.graph.storage import embed
 from qcompiler.measure.memory import give_back
@@ -61,7 +62,9 @@ class OnnxBackend:
         if not isinstance(fmt, Int | UInt | Promoted):
             return f"ONNX has no form for {fmt}"
         width = fmt.high if isinstance(fmt, Promoted) else fmt.bits
-        return None if width <= 8 else f"{width} bits are more than this target stores"
+        if width > 8:
+            return f"{width} bits are more than this target stores"
+        return row_groups_refusal(site, plan.weight.granularity)
 
     def compile(self, model: Model, folder: Path, progress: Progress) -> Compiled:
         """Write `model.ort.onnx`, with its weights in a file of their own if they are large.

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qcompiler.backends.tvm.conv_sites import FIXED_PADS
 from qcompiler.backends.tvm.layout import LONGEST_GROUP
 from qcompiler.errors import BackendUnavailable, BadModel, MissingExtra, PassRefused
-from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec, UInt
+from qcompiler.formats import Int, PerChannel, PerGroup, PerRowGroup, QuantSpec, UInt
 from qcompiler.graph.functions import rounds_rows
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.latency import Clock
@@ -86,6 +86,8 @@ class CpuBackend:
         fmt, granularity = plan.weight.format, plan.weight.granularity
         if not isinstance(fmt, Int | UInt) or fmt.bits not in WIDTHS:
             return f"kernels exist for integers of 2 to 8 bits, not for {fmt}"
+        if isinstance(granularity, PerRowGroup):
+            return "kernels sum up codes before they are scaled: scales may not differ within a row's group of columns"
         if isinstance(granularity, PerGroup) and granularity.size > LONGEST_GROUP:
             return f"groups longer than {LONGEST_GROUP} may overflow an int32 sum"
         return _conv_refusal(site) if site.op in ("Conv", "ConvTranspose") else _product_refusal(site)

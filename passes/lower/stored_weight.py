@@ -14,10 +14,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import PassRefused
-from qcompiler.formats import Int, PerChannel, PerTensor, Promoted, QTensor, UInt
+from qcompiler.formats import Int, PerChannel, PerRowGroup, PerTensor, Promoted, QTensor, UInt
 from qcompiler.formats.packing import pack, pack_plane
 from qcompiler.formats.promoted import split_zero
 from qcompiler.graph import functions
+from qcompiler.graph.codes import row_groups_refusal
 from qcompiler.graph.merged import MERGE, split_groups
 from qcompiler.graph.sites import Site
 
@@ -90,6 +91,9 @@ def store(site: Site, tensor: QTensor, opset: int) -> StoredWeight:
         PassRefused: for a width that no ONNX type and no Unpack function holds.
     """
     tensor = _as_lowered(site, tensor)
+    refusal = row_groups_refusal(site, tensor.spec.granularity)
+    if refusal is not None:
+        raise PassRefused(refusal, site.name, "use groups of columns: g32 in place of r32")
     out, spec = StoredWeight(site, opset), tensor.spec
     as_matrix = _needs_matrix(site, tensor)
     arrange = _Arrangement(site, as_matrix)
@@ -162,9 +166,14 @@ def _needs_matrix(site: Site, tensor: QTensor) -> bool:
     """Whether DequantizeLinear cannot express the scales in the tensor's own layout."""
     if site.layout == "conv-transpose" and site.groups > 1:
         return True
-    if tensor.scale.shape[1] == 1:
+    if not _is_blocked(tensor):
         return False
     return site.layout in ("conv", "conv-transpose") or (site.layout == "rows-first" and len(site.shape) != 2)
+
+
+def _is_blocked(tensor: QTensor) -> bool:
+    """Whether there is more than one scale a row, or one for several rows of each column."""
+    return tensor.scale.shape[1] > 1 or isinstance(tensor.spec.granularity, PerRowGroup)
 
 
 @dataclass(frozen=True)
@@ -194,26 +203,28 @@ class _Arrangement:
         """Scales or zero points: scalar, [channels], or blocked with the rank of the stored codes."""
         if isinstance(tensor.spec.granularity, PerTensor):
             return values.reshape(())
-        if values.shape[1] == 1 and not self.batched:
+        if not _is_blocked(tensor) and not self.batched:
             return values.reshape(-1)
         if self.site.layout != "columns-first":
             return values
-        *batch, _, n = self.site.shape
-        return np.ascontiguousarray(np.swapaxes(values.reshape(*batch, n, -1), -1, -2))
+        by_row = values.reshape(*self.site.shape[:-2], -1, values.shape[1])
+        return np.ascontiguousarray(np.swapaxes(by_row, -1, -2))
 
     def attributes(self, tensor: QTensor) -> dict[str, int]:
         """Axis and block_size of DequantizeLinear."""
         if isinstance(tensor.spec.granularity, PerTensor):
             return {}
-        blocked = tensor.scale.shape[1] > 1 or self.batched
+        blocked = _is_blocked(tensor) or self.batched
+        by_rows = isinstance(tensor.spec.granularity, PerRowGroup)
         if self.site.layout == "columns-first":
             last = len(self.site.shape) - 1
-            axis = last - 1 if blocked else last
+            axis = last - 1 if blocked and not by_rows else last
         elif self.site.layout == "conv-transpose" and not self.as_matrix:
             axis = 1
         else:
-            axis = 1 if blocked else 0
-        size = tensor.spec.granularity.group_size(tensor.shape[1])
+            axis = 1 if blocked and not by_rows else 0
+        granularity, (rows, columns) = tensor.spec.granularity, tensor.shape
+        size = granularity.group_rows(rows) if by_rows else granularity.group_size(columns)
         return {"axis": axis, "block_size": size} if blocked else {"axis": axis}
 
 

@@ -123,8 +123,8 @@ def gptq_round(matrix: Floats, factor: Factor, grids: Sequence[QTensor]) -> list
     work = ordered(np.split(np.asarray(matrix, np.float32), np.cumsum(widths)[:-1], 1))
     grid = _Grid(
         [grids[i] for i in np.repeat(np.arange(len(grids)), widths)[factor.order[0]]],
-        ordered([spread(g.scale, g.spec, w) for g, w in zip(grids, widths, strict=True)]),
-        ordered([np.zeros((1, 1), np.float32) if g.zero is None else spread(g.zero, g.spec, w)
+        ordered([spread(g.scale, g.spec, w, g.shape[0]) for g, w in zip(grids, widths, strict=True)]),
+        ordered([np.zeros((1, 1), np.float32) if g.zero is None else spread(g.zero, g.spec, w, g.shape[0])
                  for g, w in zip(grids, widths, strict=True)]),
     )  # fmt: skip
     codes = np.empty(work.shape, np.result_type(*(g.codes.dtype for g in grids)))

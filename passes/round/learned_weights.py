@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from qcompiler.formats import Int, PerTensor, QTensor, UInt, round_scale
+from qcompiler.formats import Int, QTensor, UInt, round_scale
 from qcompiler.formats.base import Floats, row_parts, spread_rows
 from qcompiler.graph.sites import Site
 from qcompiler.passes.round.learned_codes import LearnedCodes, SoftCodes, StraightCodes
@@ -95,12 +95,11 @@ class LearnedWeight:
     def _per_scale(self, products: torch.Tensor) -> Floats:
         """Sums of a tensor in the weight's layout over what shares a scale."""
         matrix, grid = self._site.to_matrix(products.numpy()), self.factor.shape
-        if isinstance(self._tensor.spec.granularity, PerTensor):
-            return np.full(grid, matrix.sum(), np.float32)
-        size = self._tensor.spec.granularity.group_size(matrix.shape[1])
-        missing = grid[1] * size - matrix.shape[1]
-        padded = np.pad(matrix, ((0, 0), (0, missing))) if missing else matrix
-        return np.ascontiguousarray(padded.reshape(*grid, size).sum(2))
+        granularity, (rows, columns) = self._tensor.spec.granularity, matrix.shape
+        high, wide = granularity.group_rows(rows), granularity.group_size(columns)
+        missing = grid[0] * high - rows, grid[1] * wide - columns
+        padded = np.pad(matrix, [(0, n) for n in missing]) if any(missing) else matrix
+        return np.ascontiguousarray(padded.reshape(grid[0], high, grid[1], wide).sum((1, 3)))
 
     def _per_code(self, gradient: Floats) -> Floats:
         """The gradient of the codes from that of the matrix."""

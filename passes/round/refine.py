@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from qcompiler.formats import PerTensor, QTensor, round_scale, spread
+from qcompiler.formats import QTensor, round_scale, spread
 from qcompiler.formats.base import Floats
 
 _BLOCK = 64
@@ -59,10 +59,10 @@ def refine_codes(start: QTensor, hessian: Floats, pull: Floats) -> QTensor:
     pull = pull.reshape(shape).transpose(2, 0, 1).copy()
     value = start.decode().reshape(shape).transpose(2, 0, 1).copy()
     codes = start.codes.reshape(shape).transpose(2, 0, 1).copy()
-    scales = np.broadcast_to(spread(start.scale, spec, columns), start.shape).reshape(shape).transpose(2, 0, 1)
+    scales = np.broadcast_to(spread(start.scale, spec, columns, rows), start.shape).reshape(shape).transpose(2, 0, 1)
     zeros = None
     if start.zero is not None:
-        zeros = np.broadcast_to(spread(start.zero, spec, columns), start.shape).reshape(shape).transpose(2, 0, 1)
+        zeros = np.broadcast_to(spread(start.zero, spec, columns, rows), start.shape).reshape(shape).transpose(2, 0, 1)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
         change = np.empty((last - first, *shape[:2]), np.float32)
@@ -78,13 +78,11 @@ def refine_codes(start: QTensor, hessian: Floats, pull: Floats) -> QTensor:
 
 def refine_scales(start: QTensor, hessian: Floats, pull: Floats) -> QTensor:
     """One sweep over the groups: each scale becomes the best one, codes and other scales given; see `refine_codes`."""
-    if isinstance(start.spec.granularity, PerTensor):
-        return start  # one scale for all rows: the fit has found it
     spec, (rows, columns) = start.spec, start.shape
     blocks, size = hessian.shape[0], start.spec.granularity.group_size(columns)
     shape = (blocks, rows // blocks, columns)
     units = _units(start).reshape(shape)
-    scale = start.scale.copy().reshape(blocks, shape[1], -1)
+    scale, sharing = start.scale.copy(), spec.granularity.group_rows(rows)
     pull = pull.reshape(shape).copy()
     together = max(1, _WIDE // size) * size  # columns between two updates of all later columns
     for first in range(0, columns, together):
@@ -92,16 +90,22 @@ def refine_scales(start: QTensor, hessian: Floats, pull: Floats) -> QTensor:
         change = np.empty((*shape[:2], last - first), np.float32)
         for low in range(first, last, size):
             part = slice(low, min(low + size, last))
-            unit, old = units[..., part], scale[..., low // size]
-            slope = np.einsum("bnk,bnk->bn", pull[..., part], unit)
-            bend = np.einsum("bnk,bnk->bn", unit @ hessian[:, part, part], unit)
+            unit, old = units[..., part], scale[:, low // size]
+            slope = _together(np.einsum("bnk,bnk->bn", pull[..., part], unit), sharing)
+            bend = _together(np.einsum("bnk,bnk->bn", unit @ hessian[:, part, part], unit), sharing)
             step = _step(old, slope, bend, spec.scale_dtype)
-            scale[..., low // size] = old + step
-            moved = step[..., None] * unit
+            scale[:, low // size] = old + step
+            moved = np.repeat(step, sharing)[:rows].reshape(*shape[:2], 1) * unit
             change[..., part.start - first : part.stop - first] = moved
             pull[..., part.stop : last] -= moved @ hessian[:, part, part.stop : last]
         pull[..., last:] -= change @ hessian[:, first:last, last:]
-    return replace(start, scale=scale.reshape(start.scale.shape))
+    return replace(start, scale=scale)
+
+
+def _together(values: Floats, sharing: int) -> Floats:
+    """Sums over as many neighbouring rows as share a scale, [scale rows]."""
+    flat = values.reshape(-1)
+    return flat if sharing == 1 else np.add.reduceat(flat, np.arange(0, len(flat), sharing))
 
 
 def _product(error: Floats, hessian: Floats) -> Floats:

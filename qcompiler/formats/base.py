@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.errors import BadOption
-from qcompiler.formats.granularity import Granularity, parse_granularity
+from qcompiler.formats.granularity import Granularity, PerRowGroup, parse_granularity
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[Any]
@@ -68,6 +68,11 @@ class Format(Protocol):
         """Smallest and largest code."""
         ...
 
+    @property
+    def groups_rows(self) -> bool:
+        """Whether groups may lie along the rows of a column as well."""
+        ...
+
     def fit(self, low: Floats, high: Floats, symmetric: bool) -> tuple[Floats, Floats | None]:
         """Scale and zero point that cover [low, high] (any shape); zero is None if symmetric."""
         ...
@@ -105,6 +110,8 @@ class QuantSpec:
         if self.scale_dtype not in SCALE_DTYPES:
             fix = f"use one of {', '.join(SCALE_DTYPES)}"
             raise BadOption(f"unknown scale dtype '{self.scale_dtype}'", fix=fix)
+        if isinstance(self.granularity, PerRowGroup) and not self.format.groups_rows:
+            raise BadOption(f"groups of {self.format} lie along the columns", str(self), "write g32 in place of r32")
 
     @property
     def bits(self) -> int:
@@ -174,13 +181,22 @@ def spread_rows(
     """`spread` scales and zeros for some rows."""
 
     def part(values: Floats) -> Floats:
+        if isinstance(spec.granularity, PerRowGroup):
+            return values[np.arange(rows.start, rows.stop) // spec.granularity.size]
         return spread(values if values.shape[0] == 1 else values[rows], spec, columns)
 
     return part(scale), None if zero is None else part(zero)
 
 
-def spread(per_group: Floats, spec: QuantSpec, columns: int) -> Floats:
-    """Repeat [scale rows, groups] along the columns: [scale rows, columns], or broadcastable [.., 1]."""
+def spread(per_group: Floats, spec: QuantSpec, columns: int, rows: int | None = None) -> Floats:
+    """Repeat [scale rows, groups] within the groups: [scale rows, columns], or broadcastable [.., 1].
+
+    Of groups of rows it is [rows, columns]; then `rows` is needed.
+    """
+    if isinstance(spec.granularity, PerRowGroup):
+        if rows is None:
+            raise ValueError(f"{spec} has groups of rows: say how many rows there are")
+        return np.repeat(per_group, spec.granularity.size, axis=0)[:rows]
     if per_group.shape[1] == 1:
         return per_group
     return np.repeat(per_group, spec.granularity.group_size(columns), axis=1)[:, :columns]

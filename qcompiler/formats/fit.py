@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, row_parts, spread_rows
-from qcompiler.formats.granularity import PerTensor
+from qcompiler.formats.granularity import PerGroup, PerRowGroup, PerTensor
 from qcompiler.formats.hqq import half_quadratic
 from qcompiler.formats.promoted import Promoted
 from qcompiler.formats.promotion import promote
@@ -58,6 +58,8 @@ def fit(
         raise ValueError(f"unknown method '{method}': use {', '.join(METHODS)}")
     matrix = _checked(matrix)
     weights = _checked_importance(importance, matrix)
+    if isinstance(spec.granularity, PerRowGroup):
+        return _fit_turned(matrix, spec, method, weights)
     if isinstance(spec.format, Promoted):
         narrow, wide = (replace(spec, format=fmt) for fmt in (spec.format.narrow, spec.format.wide))
         forms = [quantize(matrix, one, method, weights) for one in (narrow, wide)]
@@ -76,6 +78,18 @@ def fit(
     if unit != 1:
         scale = round_scale(scale * unit, spec.scale_dtype)
     return scale, None if spec.symmetric else zero
+
+
+def _fit_turned(
+    matrix: Floats, spec: QuantSpec, method: Method, weights: Floats | None
+) -> tuple[Floats, Floats | None]:
+    """Groups of rows: those of the columns of the transposed matrix."""
+    assert isinstance(spec.granularity, PerRowGroup)
+    turned = None if weights is None else np.broadcast_to(weights, matrix.shape).T
+    found = fit(matrix.T, replace(spec, granularity=PerGroup(spec.granularity.size)), method, turned)
+    scale, zero = (None if part is None else np.ascontiguousarray(part.T) for part in found)
+    assert scale is not None
+    return scale, zero
 
 
 def quantize(

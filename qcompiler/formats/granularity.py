@@ -1,7 +1,9 @@
 """Over which part of a weight matrix [rows, columns] one scale reaches.
 
 Rows are output channels, columns are what the product sums over (input channels; for a convolution the
-flattened in_channels/groups * kernel). Groups run along the columns; the last one may be ragged.
+flattened in_channels/groups * kernel). Groups run along the columns, or along the rows of one column, which keeps
+an input channel of large weights to itself (Heo et al., "Rethinking Channel Dimensions to Isolate Outliers for Low-bit
+Weight Quantization of Large Language Models", 2024); the last one may be ragged.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ class PerTensor:
         """Columns that share a scale."""
         return columns
 
+    def group_rows(self, rows: int) -> int:
+        """Rows that share a scale."""
+        return rows
+
     def __str__(self) -> str:
         return "tensor"
 
@@ -38,6 +44,10 @@ class PerChannel:
     def group_size(self, columns: int) -> int:
         """All columns of the row."""
         return columns
+
+    def group_rows(self, rows: int) -> int:  # noqa: ARG002
+        """Every row has its own."""
+        return 1
 
     def __str__(self) -> str:
         return "channel"
@@ -61,19 +71,52 @@ class PerGroup:
         """`size`, or all columns where the matrix is narrower."""
         return min(self.size, columns)
 
+    def group_rows(self, rows: int) -> int:  # noqa: ARG002
+        """Every row has its own."""
+        return 1
+
     def __str__(self) -> str:
         return f"g{self.size}"
 
 
-Granularity = PerTensor | PerChannel | PerGroup
+@dataclass(frozen=True)
+class PerRowGroup:
+    """One scale for `size` consecutive rows of a column (per input channel); the last group holds what is left."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise BadOption(f"group size {self.size} is not positive", fix="use r32, r64, r128, ...")
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape [ceil(rows / size), columns]."""
+        return (-(-rows // self.size), columns)
+
+    def group_size(self, columns: int) -> int:  # noqa: ARG002
+        """Every column has its own."""
+        return 1
+
+    def group_rows(self, rows: int) -> int:
+        """`size`, or all rows where the matrix is lower."""
+        return min(self.size, rows)
+
+    def __str__(self) -> str:
+        return f"r{self.size}"
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerRowGroup
 
 
 def parse_granularity(text: str) -> Granularity:
-    """The inverse of `str(granularity)`: "tensor", "channel", "g32"."""
+    """The inverse of `str(granularity)`: "tensor", "channel", "g32", "r32"."""
     if text == "tensor":
         return PerTensor()
     if text == "channel":
         return PerChannel()
     if text.startswith("g") and text[1:].isdigit():
         return PerGroup(int(text[1:]))
-    raise BadOption(f"unknown granularity '{text}'", fix="write tensor, channel or g<size>, such as g32")
+    if text.startswith("r") and text[1:].isdigit():
+        return PerRowGroup(int(text[1:]))
+    fix = "write tensor, channel, g<size> for groups of columns, such as g32, or r<size> for groups of rows"
+    raise BadOption(f"unknown granularity '{text}'", fix=fix)

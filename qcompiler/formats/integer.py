@@ -49,6 +49,11 @@ class _Integer:
         return self.lo, self.hi
 
     @property
+    def groups_rows(self) -> bool:
+        """Scales may be shared in any way."""
+        return True
+
+    @property
     def middle(self) -> int:
         """The code of zero when there are no zero points."""
         return 0 if self.signed else 1 << (self.bits - 1)

@@ -74,6 +74,11 @@ class Promoted:
         return self.wide.code_range
 
     @property
+    def groups_rows(self) -> bool:
+        """Groups of two widths are stored column by column of a row."""
+        return False
+
+    @property
     def average_bits(self) -> float:
         """Bits of a code, over all groups."""
         return self.bits + self.percent / 100 * (self.high - self.bits)

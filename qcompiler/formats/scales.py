@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, row_parts
-from qcompiler.formats.granularity import Granularity, PerTensor
+from qcompiler.formats.granularity import Granularity, PerGroup, PerRowGroup, PerTensor
 
 # Of the matrix's power, that rounding its scales may cost: what normal float16 numbers cost at most is 2.4e-7.
 _COST = 1e-6
@@ -46,6 +46,8 @@ class _Groups:
 
     @staticmethod
     def of(matrix: Floats, granularity: Granularity) -> _Groups:
+        if isinstance(granularity, PerRowGroup):
+            return _Groups.of(np.ascontiguousarray(matrix.T), PerGroup(granularity.size))
         starts = np.arange(0, max(matrix.shape[1], 1), max(1, granularity.group_size(matrix.shape[1])))
         lows, highs, powers = [], [], []
         for rows in row_parts(matrix.shape):

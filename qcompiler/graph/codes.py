@@ -10,9 +10,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import BadModel
-from qcompiler.formats import PerTensor, QuantSpec
+from qcompiler.formats import Granularity, PerRowGroup, PerTensor, QuantSpec
 from qcompiler.formats.packing import unpack
 from qcompiler.graph.merged import MERGE, merge_groups, merged_shape, unpack_flags
+from qcompiler.graph.sites import Site
 
 DOMAIN = "qcompiler"  # of the functions that models carry with them
 Floats = npt.NDArray[np.float32]
@@ -27,6 +28,16 @@ def matrix_shape(shape: tuple[int, ...], layout: str) -> tuple[int, int]:
     return shape[0], prod(shape[1:])
 
 
+def row_groups_refusal(site: Site, granularity: Granularity) -> str | None:
+    """Why no file can hold groups of rows for a site, or None: in a batch they must end where a matrix does."""
+    if not isinstance(granularity, PerRowGroup) or site.layout != "columns-first":
+        return None
+    each = site.shape[-1]
+    if len(site.shape) == 2 or each % granularity.size == 0:
+        return None
+    return f"groups of {granularity.size} rows do not divide matrices of {each} rows"
+
+
 def read_per_group(value: ir.Value | None, spec: QuantSpec, layout: str, rows: int) -> Floats:
     """Scales or zero points as float32 [scale rows, groups]."""
     array = np.asarray(_numbers(value), np.float32)
@@ -34,6 +45,8 @@ def read_per_group(value: ir.Value | None, spec: QuantSpec, layout: str, rows: i
         return array.reshape(1, 1)
     if layout == "columns-first" and array.ndim > 1:
         array = np.ascontiguousarray(np.swapaxes(array, -1, -2))
+    if isinstance(spec.granularity, PerRowGroup):
+        return array.reshape(-1, array.shape[-1])
     return array.reshape(rows, -1)
 
 

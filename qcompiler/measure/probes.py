@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.formats import PerTensor, QuantSpec
+from qcompiler.formats import PerRowGroup, PerTensor, QuantSpec
 from qcompiler.formats.varied import VariedSpec, effective
 from qcompiler.graph.sites import Site
 from qcompiler.measure.loss import Kind, Reference
@@ -82,8 +82,8 @@ class Probes:
         step = max(1, -(-matrix.shape[0] * matrix.shape[1] // (_WEIGHT_ROWS * groups)))
         errors: list[float] = []
         for spec in specs:
-            # one scale for the whole matrix would be another one for a part of it, and so would some transforms
-            whole = isinstance(spec.granularity, PerTensor) or isinstance(spec, VariedSpec)
+            # scales that rows share would be other ones for a part of them, and so would some transforms
+            whole = isinstance(spec.granularity, PerTensor | PerRowGroup) or isinstance(spec, VariedSpec)
             part = np.ascontiguousarray(matrix if whole else matrix[:, ::step])
             flat = part.reshape(-1, site.columns)
             change = (effective(flat, spec).decode() - flat).reshape(part.shape)

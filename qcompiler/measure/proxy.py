@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.formats import QuantSpec
-from qcompiler.formats.granularity import Granularity, PerChannel, PerTensor
+from qcompiler.formats.granularity import Granularity, PerChannel, PerGroup, PerRowGroup, PerTensor
 from qcompiler.graph.sites import Site
 from qcompiler.measure.experiment import Menus
 from qcompiler.measure.gram import Gram, grams
@@ -137,6 +137,8 @@ def _ranges(matrix: Floats, granularity: Granularity) -> Floats:
     """Max - min over what shares a scale, for every weight: [rows, columns]."""
     if isinstance(granularity, PerTensor):
         return np.full(matrix.shape, np.ptp(matrix))
+    if isinstance(granularity, PerRowGroup):
+        return _ranges(matrix.T, PerGroup(granularity.size)).T
     size = granularity.group_size(matrix.shape[1])
     starts = np.arange(0, matrix.shape[1], size)
     spread = np.maximum.reduceat(matrix, starts, axis=1) - np.minimum.reduceat(matrix, starts, axis=1)
