@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.budget import kept_sites
 from qcompiler.errors import BadOption, Refusal
+from qcompiler.graph.panels import find_cuts
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
 from qcompiler.passes.transform.inputs import Floats, channel_reach, require_float
@@ -63,7 +64,8 @@ class ChannelOrder(Pass):
         """Sort and cut; metrics hold the blocks, by the name of the value that is cut."""
         sites = find_sites(model.ir)
         kept = kept_sites(sites, self.keep)
-        reasons = {s.name: "it is to stay float" if s.name in kept else uncut(s, self.block + 1) for s in sites}
+        panels = {site.name for cut in find_cuts(model.graph, sites) for site in cut.sum.sites}
+        reasons = {s.name: self._reason(s, kept, panels) for s in sites}
         refused = [Refusal(name, reason) for name, reason in reasons.items() if reason is not None]
         readers = by_value(site for site in sites if reasons[site.name] is None)
         reach = self._reach(model, readers)
@@ -75,6 +77,12 @@ class ChannelOrder(Pass):
                 continue
             cuts[str(value.name)], changed = facts, changed + len(group)
         return PassReport(self.registered_name(), changed, tuple(refused), {"panels": cuts})
+
+    def _reason(self, site: Site, kept: Collection[str], panels: Collection[str]) -> str | None:
+        """Why a site is not cut, or None."""
+        if site.name in kept:
+            return "it is to stay float"
+        return "it is a panel already" if site.name in panels else uncut(site, self.block + 1)
 
     def _reach(self, model: Model, readers: Mapping[ir.Value, Sequence[Site]]) -> dict[str, Floats]:
         return channel_reach(model, {str(value.name): -1 for value in readers}, 100) if readers else {}
