@@ -43,7 +43,7 @@ class AdaDim(Pass):
         target: who must be able to run it.
     """
 
-    rounding: Literal["nearest", "gptq"] = "gptq"
+    rounding: Literal["nearest", "gptq"] = "nearest"
     clipping: Method = "mse"
     damping: float = 0.05
     samples: int = 32
