@@ -17,7 +17,9 @@ from qcompiler.errors import BadOption
 PASSES: dict[str, str] = {
     "equalize-activations": "qcompiler.passes.transform.equalize_activations:EqualizeActivations",
     "mobilequant": "qcompiler.passes.transform.mobilequant:MobileQuant",
+    "center-norms": "qcompiler.passes.transform.center_norms:CenterNorms",
     "rotate": "qcompiler.passes.transform.rotate:Rotate",
+    "spinquant": "qcompiler.passes.transform.spinquant:SpinQuant",
     "smooth": "qcompiler.passes.transform.smooth:Smooth",
     "smooth-plus": "qcompiler.passes.transform.smooth_plus:SmoothPlus",
     "awq": "qcompiler.passes.transform.awq:AWQ",
