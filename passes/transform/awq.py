@@ -17,7 +17,7 @@ from qcompiler.passes.transform.inputs import (
     require_float,
     weight_specs,
 )
-from qcompiler.passes.transform.output_error import best_strength, judged
+from qcompiler.passes.transform.output_error import Importance, best_strength, judged
 from qcompiler.pipeline import EXACT, Pass, PassReport, check_numbers
 from qcompiler.progress import Progress
 
@@ -37,12 +37,14 @@ class AWQ(Pass):
         spec: format of all weights where there is no plan yet.
         grid: how many exponents.
         rows: of each weight that the error is measured on, about.
+        importance: what `nearest` behind it will be told: how errors are weighed when scales of groups are fitted.
     """
 
     contract: ClassVar[Literal["exact", "lossy"]] = EXACT
     spec: str = ""
     grid: int = 20
     rows: int = 256
+    importance: Importance = "none"
 
     def requires(self, model: Model) -> None:
         """Float weights, calibration data, a plan or a format."""
@@ -59,7 +61,7 @@ class AWQ(Pass):
         strengths = [k / self.grid for k in range(1, self.grid)]
         chosen: list[tuple[Fold, Doubles]] = []
         metrics: dict[str, list[float]] = {}
-        for fold, judges in judged(model, folds, specs, progress, self.rows):
+        for fold, judges in judged(model, folds, specs, progress, self.rows, self.importance):
             name = fold.value.name or ""
             found = best_strength(fold, judges, reach[name].magnitude, strengths)
             if found is None:

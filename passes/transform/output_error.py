@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from qcompiler.formats import QuantSpec
 from qcompiler.formats.base import Floats
-from qcompiler.formats.varied import VariedSpec, effective
+from qcompiler.formats.fit import quantize
 from qcompiler.graph.folds import Fold
 from qcompiler.graph.sites import Site
 from qcompiler.measure.gram import Gram, gram_parts, grams
@@ -21,6 +22,9 @@ from qcompiler.progress import Progress
 _ROWS = 128  # of a weight matrix, to judge a transform
 
 
+Importance = Literal["none", "activations"]
+
+
 @dataclass(frozen=True, eq=False)
 class OutputError:
     """E||x (W' - W)^T||^2 over some rows of one site's weight, rounded to nearest in one format.
@@ -28,6 +32,8 @@ class OutputError:
     Attributes:
         site, spec, gram: what, how, and by which inputs.
         matrix: float32 [chosen rows, columns]; every `step`-th row.
+        power: mean square of the input, float32 [columns] or [chosen rows, columns].
+        importance: "activations": rounding weighs its errors by that, as `nearest` does.
     """
 
     site: Site
@@ -35,21 +41,46 @@ class OutputError:
     gram: Gram
     matrix: Floats
     step: int
+    power: Floats
+    importance: Importance
 
     @staticmethod
-    def of(site: Site, spec: QuantSpec, gram: Gram, rows: int = _ROWS) -> OutputError:
+    def of(site: Site, spec: QuantSpec, gram: Gram, rows: int = _ROWS, importance: Importance = "none") -> OutputError:
         """Of about so many rows; of all where they have different inputs (groups of a convolution)."""
-        step = max(1, site.rows // rows) if len(gram.matrix) == 1 else 1
-        return OutputError(site, spec, gram, np.ascontiguousarray(site.matrix()[::step]), step)
+        groups = len(gram.matrix)
+        step = max(1, site.rows // rows) if groups == 1 else 1
+        matrix = np.ascontiguousarray(site.matrix()[::step])
+        own = np.einsum("gkk->gk", gram.matrix).clip(min=0)
+        power = own[0] if groups == 1 else np.repeat(own, site.rows // groups, axis=0)
+        return OutputError(site, spec, gram, matrix, step, power, importance)
+
+    def rounded(self, effect: Columns | None) -> Floats:
+        """The weight that takes part in the function, with scales of the columns or without."""
+        if effect is None:
+            return self._nearest(self.matrix, None)
+        part = effect.part(self.step)
+        changed, undo = part.change(self.matrix, self.spec)
+        return undo(self._nearest(changed, part.factors))
 
     def error(self, effect: Columns | None) -> float:
-        """With scales of the columns, or without."""
-        spec = self.spec if effect is None else VariedSpec.of(self.spec, "scaled", "", effect.part(self.step))
-        return self.gram.error(effective(self.matrix, spec).decode() - self.matrix)
+        """Of the rounded weight."""
+        return self.gram.error(self.rounded(effect) - self.matrix)
+
+    def _nearest(self, matrix: Floats, factors: Doubles | None) -> Floats:
+        if self.importance == "none":
+            return quantize(matrix, self.spec, "mse").decode()
+        power = self.power if factors is None else self.power / factors**2
+        relative = np.broadcast_to(power / (power.max() or 1.0), matrix.shape)
+        return quantize(matrix, self.spec, "mse", relative).decode()
 
 
 def judged(
-    model: Model, folds: Sequence[Fold], specs: Mapping[Site, QuantSpec], progress: Progress, rows: int = _ROWS
+    model: Model,
+    folds: Sequence[Fold],
+    specs: Mapping[Site, QuantSpec],
+    progress: Progress,
+    rows: int = _ROWS,
+    importance: Importance = "none",
 ) -> Iterator[tuple[Fold, list[OutputError]]]:
     """Each fold with what judges it: one for each reader whose input is known.
 
@@ -60,7 +91,7 @@ def judged(
         known = grams(model, [site for fold in chunk for site in readers[fold]], enough_samples(model))
         for fold in progress.track(chunk, "searching scales"):
             own = [site for site in readers[fold] if site.name in known]
-            yield fold, [OutputError.of(site, specs[site], known[site.name], rows) for site in own]
+            yield fold, [OutputError.of(site, specs[site], known[site.name], rows, importance) for site in own]
 
 
 def best_strength(
