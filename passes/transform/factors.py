@@ -182,7 +182,8 @@ def _directions(error: Floats, metric: Metric, rank: int) -> Floats | None:
     """
 
     def apply(vector: Floats) -> Floats:
-        return (error @ metric.weigh(error.T @ vector)).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # seen below
+            return np.asarray(error @ metric.weigh(error.T @ vector), np.float32)
 
     rows = len(error)
     first = apply(np.random.default_rng(0).normal(size=rows).astype(np.float32))
