@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.measure.loss import Kind
 from qcompiler.model import Model
 from qcompiler.passes.round.teacher import Teacher
 from qcompiler.progress import Progress
 
 if TYPE_CHECKING:
+    import torch
+
     from qcompiler.passes.round.descent import Descent, Learner
 
 Feed = dict[str, npt.NDArray[Any]]
@@ -31,10 +34,12 @@ class Lesson:
     Args:
         model: its graph is float, and is not edited while this is in use.
         feeds: samples, two or more.
+        kind: what all float outputs are taken for; None: what each looks like (`measure.loss`).
     """
 
-    def __init__(self, model: Model, feeds: Sequence[Feed]) -> None:
+    def __init__(self, model: Model, feeds: Sequence[Feed], kind: Kind | None = None) -> None:
         self._model, self._feeds = model, feeds
+        self._kinds: list[Kind | None] = [kind] * len(model.graph.outputs)
         self._teacher = Teacher(model, feeds)
         held = max(1, len(feeds) // 8)
         self.learned, self.judged = range(len(feeds) - held), range(len(feeds) - held, len(feeds))
@@ -43,12 +48,9 @@ class Lesson:
         """Mean loss of some samples, those held back if None."""
         import torch
 
-        from qcompiler.passes.round.distance import distance
-
         chosen = self.judged if samples is None else samples
         with torch.no_grad(), twin.step():
-            losses = [distance(twin.outputs(self._feeds[i]), self._teacher[i]).item() for i in chosen]
-        return float(np.mean(losses))
+            return float(np.mean([self._loss(twin, sample).item() for sample in chosen]))
 
     def learn(
         self,
@@ -74,7 +76,6 @@ class Lesson:
             progress: shows the steps under `label`.
             label: see there.
         """
-        from qcompiler.passes.round.distance import distance
         from qcompiler.passes.round.training_state import TrainingState
 
         if descent.optimizer is None:
@@ -84,10 +85,14 @@ class Lesson:
         steps = np.array_split(order, -(-len(order) // batch))
         state = TrainingState(self._model, descent.optimizer, settings)
         done = state.load()
-        loss = lambda sample: distance(twin.outputs(self._feeds[sample]), self._teacher[sample])  # noqa: E731
         for number, step in enumerate(progress.track(steps[done:], label), done + 1):
             share = min(1.0, number / _WARM) * (1 - (number - 1) / len(steps))
-            if not descent.step(loss, step.tolist(), share):
+            if not descent.step(lambda sample: self._loss(twin, sample), step.tolist(), share):
                 return
             if number % -(-len(steps) // epochs) == 0 or number == len(steps):
                 state.save(number)
+
+    def _loss(self, twin: Learner, sample: int) -> torch.Tensor:
+        from qcompiler.passes.round.distance import distance
+
+        return distance(twin.outputs(self._feeds[sample]), self._teacher[sample], self._kinds)

@@ -44,6 +44,8 @@ class Learning(Pass):
         samples: of the calibration data, at most; the last eighth is held back.
         tokens: for models of integer inputs, stop after about this many.
         batch: samples from all over the data that one step looks at.
+        squared: judge class scores by their squared error too, instead of KL divergence (right for hidden states, which
+            may look like scores).
         seed: of the order of the data.
     """
 
@@ -53,6 +55,7 @@ class Learning(Pass):
     samples: int = 128
     tokens: int = 16384
     batch: int = 4
+    squared: bool = False
     seed: int = 0
 
     def requires(self, model: Model) -> None:
@@ -98,7 +101,7 @@ class Learning(Pass):
         feeds = calibration_feeds(model, self.samples, self.tokens)
         if len(feeds) < 2:
             raise PassRefused("one sample is too few to hold some back", model.name, "give more calibration data")
-        lesson = Lesson(model, feeds)
+        lesson = Lesson(model, feeds, "values" if self.squared else None)
         before = lesson.judge(twin)
         settings = repr((self, sorted(model.plan.to_json()["sites"].items())))
         lesson.learn(
