@@ -3,7 +3,7 @@
 Claims, against `gptq` as it is by default (with three sweeps of descent over codes and scales), at equal bytes:
 
 1. with the Hessians of the float model, the same for both, the error of the output is smaller on at least 95 percent of
-   the layers, at 2 bits in groups of 64 and with one scale a row;
+   the layers, at 2 bits in groups of 64 and (smollm2_135m) with one scale a row; one seed;
 2. at 2 bits, the model's output is better, on data that calibration never saw (median above 0.1 dB);
 3. at 3 and 4 bits the gain is smaller: recorded, nothing claimed.
 
@@ -64,11 +64,14 @@ def white(case: Fixture, spec: str) -> dict[str, float]:
 def main(assets: Path) -> None:
     claim = Claim("decoupleq: codes and scales by turns (decoupleQ)")
     for name in ("smollm2_135m", "minilm_l6_v2"):
+        coarse = COARSE if name == "smollm2_135m" else COARSE[:1]
         for seed in SEEDS:
             case = fixture(assets, name, 2, seed=seed, samples=8, public=4)
-            for spec in COARSE:
+            for spec in coarse:
                 for rounding in ROUNDINGS:
                     claim.record(f"{name}, {spec}", rounding, arm(case, spec, rounding))
+                if seed != SEEDS[0]:
+                    continue
                 plain, turned = (objectives(case, spec, rounding) for rounding in ROUNDINGS)
                 share = float(np.mean([turned[site] < plain[site] for site in plain]))
                 ratio = float(np.exp(np.mean([np.log(turned[site] / plain[site]) for site in plain])))
@@ -77,10 +80,10 @@ def main(assets: Path) -> None:
                 )
                 claim.record(f"layers, {name}, {spec}", "percent smaller", 100 * share)
                 claim.record(f"layers, {name}, {spec}", "asked for", 95)
-        for spec in FINER:
+        for spec in FINER if name == "smollm2_135m" else FINER[-1:]:
             for rounding in ROUNDINGS:
                 claim.record(f"{name}, {spec}", rounding, arm(case, spec, rounding))
-        for spec in COARSE:
+        for spec in coarse:
             claim.better(f"{name}, {spec}", "decoupleq", "gptq", 0.1)
             claim.better(f"layers, {name}, {spec}", "percent smaller", "asked for")
             for rounding, value in white(case, spec).items():
