@@ -1,0 +1,97 @@
+"""SVDQuant (methods.md B10, systems.md row 3): better than smoothing alone at the same bytes, its branch counted.
+
+    nice -n 5 python benchmarks/accuracy/svdquant.py --assets ~/.cache/qc-assets
+
+Claim, written before the run: with groups of 64 and a branch of at most a quarter of a bit per weight, SVDQuant beats
+smoothing with groups of 32 (a quarter of a bit for scales) by more than 0.5 dB at W4, W4A8, W4A4 and W3, rounded to
+nearest; and by more than 0 dB where GPTQ rounds both. Control: with Gaussian weights, gains of one and an input without
+outliers there is nothing that a branch could take over, and it gains at most 0.5 dB over finer groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from harness import SEEDS, Claim, Fixture, assets_folder, fixture, measure
+
+from qcompiler.model import Model
+from qcompiler.passes.plan.uniform import Uniform
+from qcompiler.passes.round.gptq import GPTQ
+from qcompiler.passes.round.nearest import Nearest
+from qcompiler.passes.transform.smooth import Smooth
+from qcompiler.passes.transform.svdquant import SVDQuant
+from qcompiler.pipeline import Pass
+
+KEPT = ("embeddings",)
+MODELS = (("smollm2_135m", 1), ("minilm_l6_v2", 2))
+SHARE = 0.25  # bits per weight for a branch: what halving groups of 64 costs
+CASES: dict[str, tuple[str, dict[str, Any], Pass]] = {
+    "W4": ("int4-sym", {}, Nearest()),
+    "W4A8": ("int4-sym", {"activation": "dynamic"}, Nearest()),
+    "W4A4": ("int4-sym", {"activation": "dynamic", "activation_bits": 4}, Nearest()),
+    "W3": ("int3-sym", {}, Nearest()),
+    "W4 gptq": ("int4-sym", {}, GPTQ()),
+    "W4A4 gptq": ("int4-sym", {"activation": "dynamic", "activation_bits": 4}, GPTQ()),
+}
+
+
+def gaussian(model: Model) -> None:
+    """Weights and tables Gaussian of the same size, gains 1: no outliers, and no direction that matters more."""
+    rng = np.random.default_rng(0)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < 64:
+            continue
+        array = tensor.numpy()
+        if sum(size > 1 for size in array.shape) > 1:
+            new = rng.standard_normal(array.shape) * np.sqrt(np.square(array, dtype=np.float64).mean())
+        else:
+            new = np.full(array.shape, 1.0 if array.mean() > 0.1 else 0.0)
+        value.const_value = ir.tensor(new.astype(np.float32), name=value.name)
+
+
+def arms(case: str) -> dict[str, Sequence[Pass]]:
+    """The pipelines that are compared; all plan first, so that every search knows the formats."""
+    kind, activation, rounding = CASES[case]
+    coarse, fine = (Uniform(f"{kind}-g{group}-fp16", keep=KEPT, **activation) for group in (64, 32))
+    return {
+        "g64": [coarse, rounding],
+        "g32": [fine, rounding],
+        "smooth g32": [Smooth(sites="all"), fine, rounding],
+        "svdquant g64": [coarse, SVDQuant(share=SHARE, grid=10), rounding],
+    }
+
+
+def run(claim: Claim, where: str, found: Fixture, case: str) -> None:
+    """All arms of a case, at no more bytes for the branch than for the finer groups."""
+    sizes: dict[str, int] = {}
+    for arm, passes in arms(case).items():
+        measured = measure(found, passes)
+        sizes[arm] = measured.bytes
+        claim.record(f"{where} {case}", arm, measured)
+    if sizes["svdquant g64"] > sizes["smooth g32"]:
+        raise SystemExit("the arms do not store the same")
+
+
+def main() -> None:
+    """Measure, print the table and the verdicts."""
+    assets, claim = assets_folder(), Claim("SVDQuant against smoothing at the same bytes (2411.05007)")
+    for name, blocks in MODELS:
+        for seed in SEEDS:
+            found = fixture(assets, name, blocks, seed=seed)
+            for case in CASES:
+                run(claim, name, found, case)
+            for case in ("W4", "W4A4"):
+                run(claim, f"gaussian {name}", found.changed(gaussian), case)
+        for case, (_, _, rounding) in CASES.items():
+            claim.better(f"{name} {case}", "svdquant g64", "smooth g32", 0.5 if isinstance(rounding, Nearest) else 0.0)
+        for case in ("W4", "W4A4"):
+            claim.vanishes(f"gaussian {name} {case}", "svdquant g64", "smooth g32", 0.5)
+    claim.show()
+
+
+if __name__ == "__main__":
+    main()
