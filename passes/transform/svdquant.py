@@ -28,8 +28,8 @@ class SVDQuant(Pass):
     First the input of each layer is divided by scales that its producer absorbs (outliers of activations become large
     columns of the weight, which the branch then takes over), searched with the branch in the judged error. Then
     L = SVD_r(W - Q(W - L)) is repeated, beginning with L = SVD_r(W), until the error of the output grows; the best is
-    kept. Sites that read one value share V. The branch reads the activation as it is, rounded or not for the product.
-    What is left is rounded by the passes behind, in the formats of the plan. Put other transforms before.
+    kept. Sites that read one value share V. Dynamic activations are rounded for the product, not for the branch. What
+    is left is rounded by the passes behind, in the formats of the plan. Put other transforms before.
 
     Source: Li et al., SVDQuant (2411.05007).
 

@@ -10,22 +10,26 @@ import pytest
 from onnx import helper
 
 import qcompiler as qc
-from qcompiler.budget import lowered_bytes, stored_bytes
+from qcompiler.budget import bits_per_weight, lowered_bytes, stored_bytes
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
+from qcompiler.formats import parse_spec
 from qcompiler.graph.functions import rounds_rows
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
+from qcompiler.passes.plan.allocate import Allocate
 from qcompiler.passes.plan.uniform import Uniform
 from qcompiler.passes.round.gptq import GPTQ
 from qcompiler.passes.round.nearest import Nearest
 from qcompiler.passes.transform.rotate import Rotate
+from qcompiler.passes.transform.row_error import RowError
 from qcompiler.passes.transform.smooth import Smooth
 from qcompiler.passes.transform.svd_smoothing import exponents
 from qcompiler.passes.transform.svdquant import SVDQuant
 from qcompiler.pipeline import Pass, PassReport, Pipeline
+from qcompiler.plan import SitePlan
 from tests.graph.architectures import ARCHITECTURES, HEADS, LAYERS, feeds_for, inject_outliers
 from tests.passes.round.small_models import build, cnn, planned
 from tests.passes.transform.gated import WIDTH, gated
@@ -131,7 +135,7 @@ def test_the_branch_reads_the_activation_before_it_is_rounded() -> None:
 def test_a_plan_says_the_formats() -> None:
     """The search is for the planned format: a wide one leaves little to gain, and floats get no branch."""
     model = gated(30.0)
-    model.plan = planned(model, SPEC).plan.with_sites({"gate": qc.SitePlan(None)})
+    model.plan = planned(model, SPEC).plan.with_sites({"gate": SitePlan(None)})
     facts = run(model, svdquant(spec=""))[0].metrics["branches"]
     assert set(facts) == {"up", "down"}
     assert all(fact["error"] < 1 for fact in facts.values())
@@ -249,6 +253,39 @@ def test_options_that_mean_nothing_are_refused() -> None:
         run(model, svdquant())
     with pytest.raises(PassRefused, match="rounded already"):
         run(gated(), Uniform(SPEC), Nearest(), svdquant(spec=""))
+
+
+def test_allocation_counts_the_branches_in_its_budget() -> None:
+    model = gated(30.0)
+    run(model, svdquant(rank=2, share=9.0), Allocate("4.7bits", bits=(2, 3, 4, 8)))
+    bits = bits_per_weight(model)
+    assert bits is not None
+    assert 4.0 < bits <= 4.7
+    branches = sum(site.branch_bits for site in find_sites(model.ir))
+    assert branches == 16 * 2 * (WIDTH + 2 * 96 + 96 + WIDTH)
+    counted = stored_bytes(model)
+    run(model, Nearest(), InsertQDQ())
+    assert lowered_bytes(model.ir) == counted
+
+
+def test_rows_that_do_not_fit_into_memory_together_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = gated(30.0), gated(30.0)
+    found = run(whole, svdquant())[0].metrics
+    monkeypatch.setattr("qcompiler.passes.transform.row_error._TOGETHER", 1)
+    assert set(run(parts, svdquant())[0].metrics["branches"]) == set(found["branches"])
+    for one, other in zip(find_sites(whole.ir), find_sites(parts.ir), strict=True):
+        assert np.abs(one.matrix() - other.matrix()).max() < 0.1 * np.abs(one.matrix()).max()
+
+
+def test_the_error_is_that_of_the_product_beside_an_exact_branch() -> None:
+    x, rest = normal(20, WIDTH) * 3, normal(8, WIDTH)
+    after = np.round(rest * 4) / 4
+    plain = RowError.of(x, SitePlan(parse_spec(SPEC)))
+    assert plain(rest, after) == pytest.approx(np.square(x @ (rest - after).T).sum(), rel=1e-4)
+    seen = RowError.of(x, SitePlan(parse_spec(SPEC), "dynamic", activation_bits=4))
+    step = np.abs(x).max(1, keepdims=True) / 7
+    rounded = np.round(x / step) * step
+    assert seen(rest, after) == pytest.approx(np.square(x @ rest.T - rounded @ after.T).sum(), rel=1e-3)
 
 
 def test_the_grid_is_the_papers() -> None:
