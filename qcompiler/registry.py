@@ -51,6 +51,7 @@ PASSES: dict[str, str] = {
 FORMATS: dict[str, str] = {
     "int": "qcompiler.formats.integer:Int",
     "uint": "qcompiler.formats.integer:UInt",
+    "qoq": "qcompiler.formats.progressive:Progressive",  # as qoq4
     "int#to#p": "qcompiler.formats.promoted:Promoted",  # as int4to8p10
 }
 SOLVERS: dict[str, str] = {

@@ -8,6 +8,6 @@ from qcompiler.graph.folds.apply import untie
 from qcompiler.graph.folds.fold import Fold, find_fold
 from qcompiler.graph.folds.region import Edit, Kind
 from qcompiler.graph.folds.stream import Stream
-from qcompiler.graph.folds.stream_search import find_stream
+from qcompiler.graph.folds.stream_search import find_centred, find_stream
 
-__all__ = ["Edit", "Fold", "Kind", "Stream", "find_fold", "find_stream", "untie"]
+__all__ = ["Edit", "Fold", "Kind", "Stream", "find_centred", "find_fold", "find_stream", "untie"]

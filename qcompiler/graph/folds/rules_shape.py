@@ -231,7 +231,7 @@ def reduction(region: Region, node: ir.Node) -> None:
     if region.kind == "rotate" and node.op_type not in ("ReduceMean", "ReduceSum"):
         raise Unfit(f"a rotate cannot cross {label(node)}")
     rank = len(dims(source))
-    axes = _axes(node, rank)
+    axes = axes_of(node, rank)
     keep = node.attributes.get("keepdims")
     kept = keep is None or keep.as_int() == 1
     mark, result = region.get(source), region.get(node.outputs[0])
@@ -259,7 +259,8 @@ def _axis(node: ir.Node, rank: int) -> int:
     return (0 if given is None else given.as_int()) % rank
 
 
-def _axes(node: ir.Node, rank: int) -> list[int]:
+def axes_of(node: ir.Node, rank: int) -> list[int]:
+    """What a reduction of a value of this rank sums over."""
     given = node.attributes.get("axes")
     found = list(given.as_ints()) if given is not None else ints(node, 1)
     if found is None and len(node.inputs) > 1 and node.inputs[1] is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +11,7 @@ import onnx_ir as ir
 from qcompiler.errors import Refusal
 from qcompiler.graph.folds.labels import Unfit
 from qcompiler.graph.folds.region import dims, label, resolve
-from qcompiler.graph.folds.rules_shape import ints, moved_back
+from qcompiler.graph.folds.rules_shape import axes_of, moved_back
 from qcompiler.graph.folds.stream import Stream, Turn
 
 _PASSING = frozenset({"Identity", "Cast", "Dropout", "Add", "Sub", "Sum"})
@@ -108,10 +107,9 @@ class _Search:
         """An operand that turns: a constant, or a value of the stream."""
         value = node.inputs[index]
         assert value is not None
-        constant = resolve(value)
         if node.op_type in ("Add", "Sub", "Sum") and self.width > 1 and dims(value)[-1:] in ((), (1,)):
             self._sees_mean(node)  # a number a row goes to all channels
-        elif constant is None:
+        elif (constant := resolve(value)) is None:
             self._join(value)
         elif dims(value)[-1] != self.width:
             raise Unfit(f"{label(node)} adds a constant that does not lie along the channels")
@@ -141,8 +139,8 @@ class _Search:
             self._look_up(node)
         elif kind in ("Reshape", "Transpose") and node.outputs[0] in self.values:
             self._from_convolution(node)
-        elif kind in ("ReduceMean", "ReduceSum") and _reduces_channels(node):
-            self._sees_mean(node)
+        elif kind in ("ReduceMean", "ReduceSum"):
+            self._sum(node)
         elif not (self._is_square(node) or self._measures_length(node)):
             raise Unfit(f"a rotation cannot cross {label(node)}")
 
@@ -161,6 +159,17 @@ class _Search:
         self._join(node.outputs[0])
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             self._operand(node, 2)
+
+    def _sum(self, node: ir.Node) -> None:
+        """Over the channels: only the mean is seen. Over other axes: a pool, which turns along."""
+        over_channels, alone = _reduced(node)
+        if alone:
+            self._sees_mean(node)
+        elif over_channels:
+            raise Unfit(f"a rotation cannot cross {label(node)}")
+        else:
+            self._operand(node, 0)
+            self._join(node.outputs[0])
 
     def _from_convolution(self, node: ir.Node) -> None:
         """Output channels of a convolution that Reshape and Transpose bring to the last axis (patches)."""
@@ -189,8 +198,7 @@ class _Search:
             perm = node.attributes.get("perm")
             return perm is not None and perm.as_ints()[-1] == rank - 1
         if node.op_type in ("Concat", "Split"):
-            axis = node.attributes.get("axis")
-            return (0 if axis is None else axis.as_int()) % rank != rank - 1
+            return node.attributes.get_int("axis", 0) % rank != rank - 1
         return dims(source)[-1] == dims(out)[-1] == self.width
 
     def _scaled(self, node: ir.Node) -> None:
@@ -225,20 +233,19 @@ class _Search:
         """Squares may only be summed over the channels: that is the length, which a rotation keeps."""
         out = node.outputs[0]
         users = list(out.consumers())
-        sums = all(u.op_type in ("ReduceMean", "ReduceSum") and _reduces_channels(u) for u in users)
+        sums = all(u.op_type in ("ReduceMean", "ReduceSum") and _reduced(u)[1] for u in users)
         if not users or out.is_graph_output() or not sums:
             raise Unfit(f"a rotation cannot cross {label(node)}")
 
     def _measures_length(self, node: ir.Node) -> bool:
-        return node.op_type == "ReduceL2" and _reduces_channels(node)
+        return node.op_type == "ReduceL2" and _reduced(node)[1]
 
     def _look_up(self, node: ir.Node) -> None:
         """A table is a writer; a choice of rows passes."""
         table = node.inputs[0]
         assert table is not None
-        axis = node.attributes.get("axis")
         rank = len(dims(table))
-        if (0 if axis is None else axis.as_int()) % rank == rank - 1:
+        if node.attributes.get_int("axis", 0) % rank == rank - 1:
             raise Unfit(f"{label(node)} picks channels")
         self._operand(node, 0)
         self._join(node.outputs[0])
@@ -249,8 +256,9 @@ class _Search:
         constant = None if weight is None else resolve(weight)
         if weight is None or constant is None or node.inputs[0] is None or len(dims(weight)) != 2:
             raise Unfit(f"a rotation cannot cross {label(node)}")
-        flag = node.attributes.get("transB")
-        flipped = (flag is not None and flag.as_int() == 1) ^ constant.transposed
+        if node.attributes.get_int("transA", 0):
+            raise Unfit(f"a rotation cannot cross {label(node)}, which transposes its data")
+        flipped = (node.attributes.get_int("transB", 0) == 1) ^ constant.transposed
         if node.inputs[0] in self.values:
             self.readers.append(Turn(node, 1, constant, 1 if flipped else 0))
         if node.outputs[0] in self.values:
@@ -280,14 +288,13 @@ def _uses(value: ir.Value) -> int:
 
 
 def _last_axis(node: ir.Node) -> bool:
-    axis = node.attributes.get("axis")
     rank = len(dims(node.outputs[0]))
-    return axis is None or axis.as_int() % rank == rank - 1
+    return node.attributes.get_int("axis", -1) % rank == rank - 1
 
 
-def _reduces_channels(node: ir.Node) -> bool:
+def _reduced(node: ir.Node) -> tuple[bool, bool]:
+    """Whether a reduction sums over the channels, and over them alone."""
     assert node.inputs[0] is not None
     rank = len(dims(node.inputs[0]))
-    given = node.attributes.get("axes")
-    axes: Iterable[int] = given.as_ints() if given is not None else ints(node, 1) or range(rank)
-    return [axis % rank for axis in axes] == [rank - 1]
+    axes = axes_of(node, rank)
+    return rank - 1 in axes, axes == [rank - 1]
