@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import BadOption, PassRefused
-from qcompiler.formats import QTensor, QuantSpec
+from qcompiler.formats import PerChannel, PerGroup, Promoted, QTensor, QuantSpec
 from qcompiler.formats.base import Floats
 from qcompiler.formats.fit import Method, encode, fit, quantize
 from qcompiler.formats.scales import free_magnitude, magnitude, scaled
@@ -39,6 +39,7 @@ Array = npt.NDArray[Any]
 _Product = tuple[Site, ...]  # sites whose products are added up: their matrices side by side are one matrix
 _LEAST_ROWS = 1 << 12  # of all samples together, for a Gram matrix
 _ROWS_PER_COLUMN = 16
+_PART = 1 << 24  # weights that are rounded at a time
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,37 @@ class GPTQ(Pass):
             with _overflow_refused(product):
                 matrix = np.concatenate([site.matrix() for site in product], 1)
                 unit = free_magnitude(matrix, next((s for s in specs if s.scale_dtype == "float16"), specs[0]))
-                matrix = matrix / unit
-                target = matrix if cross is None else _followed(matrix, cross * np.float32(self.follow), factor)
-                tensors, error = self._round_product(target, product, specs, factor)
+                matrix /= unit
+                tensors, error = self._round_product(matrix, cross, product, specs, factor)
             for site, tensor in zip(product, tensors, strict=True):
                 errors[site.name] = error
                 self._keep(model, streams, site, scaled(tensor, unit))
         return errors
 
     def _round_product(
-        self, target: Floats, product: _Product, specs: Sequence[QuantSpec], factor: Factor
+        self,
+        matrix: Floats,
+        cross: Floats | None,
+        product: _Product,
+        specs: Sequence[QuantSpec],
+        factor: Factor,
     ) -> tuple[list[QTensor], dict[str, float]]:
-        """The better of GPTQ and nearest; their errors relative to the power of the output."""
+        """The better of GPTQ and nearest, in parts of rows; their errors relative to the power of the output."""
+        parts: list[list[QTensor]] = []
+        found, plain, power = 0.0, 0.0, 0.0
+        for rows in _row_parts(matrix.shape, specs, factor):
+            part = matrix[rows]
+            target = part if cross is None else _followed(part, cross * np.float32(self.follow), factor)
+            rounded, losses = self._round_rows(target, product, specs, factor)
+            parts.append(rounded)
+            found, plain, power = found + min(losses[:2]), plain + losses[1], power + losses[2]
+        power = power or 1.0
+        return _stacked(parts), {"error": found / power, "nearest": plain / power}
+
+    def _round_rows(
+        self, target: Floats, product: _Product, specs: Sequence[QuantSpec], factor: Factor
+    ) -> tuple[list[QTensor], tuple[float, float, float]]:
+        """The better of GPTQ and nearest; the errors of both, and the power of the output."""
         diagonal = np.einsum("bii->bi", factor.hessian)
         importance = np.repeat(diagonal, target.shape[0] // len(diagonal), 0)
         nearest: list[QTensor] = []
@@ -156,12 +176,11 @@ class GPTQ(Pass):
             part = np.ascontiguousarray(target[:, columns])
             nearest.append(encode(part, spec, *fit(part, spec, self.clipping, importance[:, columns])))
         found = self.improve(target, factor, gptq_round(target, factor, nearest))
-        power = float(hessian_loss(target, factor.hessian).sum()) or 1.0
-        losses = [float(hessian_loss(_decoded(q) - target, factor.hessian).sum()) / power for q in (found, nearest)]
-        best = found if losses[0] <= losses[1] else nearest
+        power = float(hessian_loss(target, factor.hessian).sum())
+        losses = [float(hessian_loss(_decoded(q) - target, factor.hessian).sum()) for q in (found, nearest)]
         if not np.isfinite((power, *losses)).all():
             raise FloatingPointError
-        return best, {"error": min(losses), "nearest": losses[1]}
+        return found if losses[0] <= losses[1] else nearest, (losses[0], losses[1], power)
 
     def improve(self, target: Floats, factor: Factor, start: Sequence[QTensor]) -> list[QTensor]:
         """What follows GPTQ: better codes and scales for a matrix [rows, columns], in the panels of `start`."""
@@ -218,6 +237,28 @@ def _by_input(segment: Segment, model: Model, sums: Sequence[_Product]) -> list[
 def _planned(model: Model, site: Site) -> bool:
     plan = model.plan.sites.get(site.name)
     return plan is not None and plan.weight is not None
+
+
+def _row_parts(shape: tuple[int, ...], specs: Sequence[QuantSpec], factor: Factor) -> list[slice]:
+    """Rows to be rounded at a time: a dozen arrays of their size are alive then.
+
+    All of them where they share more than the Hessian: scales, a Hessian for each block, or a share of wide groups.
+    """
+    apart = all(isinstance(s.granularity, PerChannel | PerGroup) and not isinstance(s.format, Promoted) for s in specs)
+    step = max(1, _PART // shape[1]) if apart and len(factor.order) == 1 else shape[0]
+    return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
+
+
+def _stacked(parts: Sequence[Sequence[QTensor]]) -> list[QTensor]:
+    """Panels whose rows were rounded in parts, as one each."""
+    if len(parts) == 1:
+        return list(parts[0])
+    panels: list[QTensor] = []
+    for panel in zip(*parts, strict=True):
+        zeros = [part.zero for part in panel if part.zero is not None]
+        codes, scale = (np.concatenate([getattr(part, name) for part in panel]) for name in ("codes", "scale"))
+        panels.append(QTensor(panel[0].spec, codes, scale, np.concatenate(zeros) if zeros else None))
+    return panels
 
 
 def _noise(product: _Product, finer: Sequence[int]) -> Floats:

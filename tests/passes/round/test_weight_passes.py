@@ -16,6 +16,7 @@ from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
 from qcompiler.passes.lower.bias import has_bias
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
+from qcompiler.passes.round import gptq
 from qcompiler.passes.round.activation_ranges import ActivationRanges
 from qcompiler.passes.round.bias_correction import BiasCorrection
 from qcompiler.passes.round.gptq import GPTQ
@@ -93,6 +94,25 @@ def test_gptq_is_deterministic_and_not_sequential_on_request() -> None:
         codes.append(np.concatenate([q.codes.reshape(-1) for q in model.weights.values()]))
     np.testing.assert_array_equal(codes[0], codes[1])
     assert (codes[0] != codes[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [(mlp, "uint4-asym-g8-fp16"), (mlp, "int3-sym-channel-fp32"), (cnn, "int4-sym-channel-fp32"),
+     (mlp, "int4-sym-tensor-fp32"), (mlp, "int3to5p20-g8")],
+)  # fmt: skip
+def test_rows_in_parts_come_out_as_together(make: Any, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = planned(make(), spec), planned(make(), spec)
+    report = GPTQ().run(whole, Silent())
+    monkeypatch.setattr(gptq, "_PART", 100)  # weights: a few rows
+    in_parts = GPTQ().run(parts, Silent())
+    for name, tensor in whole.weights.items():
+        other = parts.weights[name]
+        assert other.codes.shape == tensor.codes.shape
+        assert (other.codes != tensor.codes).mean() < 0.02  # a sum in another order may turn a tie
+        assert (other.zero is None) == (tensor.zero is None)
+        errors = (in_parts.metrics["relative_error"][name], report.metrics["relative_error"][name])
+        assert errors[0]["error"] <= errors[1]["error"] * 1.001
 
 
 @pytest.mark.parametrize(
