@@ -30,7 +30,8 @@ SPEC = "int3-sym-g16-fp16"
 
 
 def lorc(saliency: str = "input", **options: Any) -> LoRC:
-    return LoRC(**{"saliency": saliency, "rank": 3, "share": 16.0} | options)
+    usual: dict[str, Any] = {"saliency": saliency, "rank": 3, "share": 16.0}
+    return LoRC(**usual | options)
 
 
 def run(model: Model, *passes: Pass) -> list[PassReport]:
@@ -151,9 +152,9 @@ def test_sites_that_can_have_none_say_why() -> None:
 def test_order_and_data_are_asked_for() -> None:
     with pytest.raises(PassRefused, match="no plan"):
         run(gated(), lorc())
-    for options in ({"rank": 0}, {"share": -0.5}):
+    for item in (lorc(rank=0), lorc(share=-0.5)):
         with pytest.raises(BadOption):
-            run(planned(gated(), SPEC), lorc(**options))
+            run(planned(gated(), SPEC), item)
     model = planned(gated(20.0), SPEC)
     model.calibration = None
     for saliency in ("input", "slim"):

@@ -48,7 +48,8 @@ def run(model: Model, *passes: Pass) -> list[PassReport]:
 
 
 def svdquant(**options: Any) -> SVDQuant:
-    return SVDQuant(**{"rank": 3, "share": 16.0, "spec": SPEC, "grid": 3} | options)
+    usual: dict[str, Any] = {"rank": 3, "share": 16.0, "spec": SPEC, "grid": 3}
+    return SVDQuant(**usual | options)
 
 
 def error(model: Model, *passes: Pass) -> float:
@@ -279,7 +280,7 @@ def test_rows_that_do_not_fit_into_memory_together_are_measured_in_turn(monkeypa
 
 def test_the_error_is_that_of_the_product_beside_an_exact_branch() -> None:
     x, rest = normal(20, WIDTH) * 3, normal(8, WIDTH)
-    after = np.round(rest * 4) / 4
+    after = (np.round(rest * 4) / 4).astype(np.float32)
     plain = RowError.of(x, SitePlan(parse_spec(SPEC)))
     assert plain(rest, after) == pytest.approx(np.square(x @ (rest - after).T).sum(), rel=1e-4)
     seen = RowError.of(x, SitePlan(parse_spec(SPEC), "dynamic", activation_bits=4))
