@@ -78,9 +78,6 @@ class CpuBackend:
         """Why no kernel takes this plan, or None."""
         if plan.activation == "dynamic" and site.op not in ("MatMul", "Gemm"):
             return f"dynamic activations are for MatMul and Gemm, not {site.op}"
-        if (plan.activation_bits, plan.activation_clip) != (8, 1):
-            rows = f"{plan.activation_bits} bits, clipped at {plan.activation_clip:g}"
-            return f"kernels exist for dynamic activations of 8 bits that are not clipped, not for {rows}"
         if plan.weight is None:
             return None
         fmt, granularity = plan.weight.format, plan.weight.granularity

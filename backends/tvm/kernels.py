@@ -22,12 +22,12 @@ class KernelSet:
     _names: dict[tuple[Any, ...], str] = field(default_factory=dict[tuple[Any, ...], str])
     _build: dict[str, Callable[[str], Any]] = field(default_factory=dict[str, Callable[[str], Any]])
 
-    def quantize_rows(self, t: Tiling) -> str:
-        """Name of the kernel that quantizes rows for products with weights of this tiling."""
+    def quantize_rows(self, t: Tiling, limit: int = 127, clip: float = 1.0) -> str:
+        """Name of the kernel that quantizes rows for products with weights of this tiling (`matmul.quantize_rows`)."""
         from qcompiler.backends.tvm import matmul
 
-        key = (t.columns, t.group, t.padded)
-        return self._name("rows", key, lambda name: matmul.quantize_rows(name, t))
+        key = (t.columns, t.group, t.padded, limit, clip)
+        return self._name("rows", key, lambda name: matmul.quantize_rows(name, t, limit, clip))
 
     def pad_rows(self, t: Tiling) -> str:
         """Name of the kernel that pads float rows for products with weights of this tiling."""

@@ -25,10 +25,10 @@ def begin(name: str) -> None:
     B.func_attr({"global_symbol": name, "tirx.noalias": True})
 
 
-def quantize_rows(name: str, t: Tiling) -> PrimFunc:
+def quantize_rows(name: str, t: Tiling, limit: int = 127, clip: float = 1.0) -> PrimFunc:
     """Quantize x float32 [m, columns] to codes int8 [m, words * 4], scales float32 [m], sums int32 [m, groups].
 
-    scale = max|x| / 127 (a row of zeros: 1); code = clip(rint(x / scale), -127, 127), half to even. Padding
+    scale = clip * max|x| / limit (a row of zeros: 1); code = rint(x / scale) within +-limit, half to even. Padding
     columns get code 0; sums are the sums of a group's codes.
     """
     rows = Var("m", "int64")
@@ -39,17 +39,17 @@ def quantize_rows(name: str, t: Tiling) -> PrimFunc:
         scales = argument("scales", (rows,), "float32")
         sums = argument("sums", (rows, t.groups), "int32")
         with B.parallel(rows) as m:
-            _row_scale(x, scales, m, t.columns)
+            _row_scale(x, scales, m, t.columns, limit, clip)
             full = t.columns // t.group
             if full:
                 with B.serial(full) as group:
-                    _quantize_group(x, codes, scales, sums, m, group, t, t.group)
+                    _quantize_group(x, codes, scales, sums, m, group, t, t.group, limit)
             if t.columns % t.group:
-                _quantize_group(x, codes, scales, sums, m, full, t, t.columns % t.group)
+                _quantize_group(x, codes, scales, sums, m, full, t, t.columns % t.group, limit)
     return ib.get()
 
 
-def _row_scale(x: Expr, scales: Expr, m: Expr, columns: int) -> None:
+def _row_scale(x: Expr, scales: Expr, m: Expr, columns: int, limit: int, clip: float) -> None:
     most, reach = register("float32"), B.alloc_buffer((1,), "float32")
     put(most, spread(B.float32(0)))
     if columns >= LANES:
@@ -62,29 +62,29 @@ def _row_scale(x: Expr, scales: Expr, m: Expr, columns: int) -> None:
     with B.serial(columns % LANES) as k:
         value = x[m, columns // LANES * LANES + k]
         B.buffer_store(reach, T.max(reach[0], T.max(value, B.float32(0) - value)), [0])
-    step = reach[0] / B.float32(127)
+    kept = reach[0] if clip == 1 else reach[0] * B.float32(clip)
+    step = kept / B.float32(limit)
     B.buffer_store(scales, T.Select(step > B.float32(0), step, B.float32(1)), [m])
 
 
 def _quantize_group(
-    x: Expr, codes: Expr, scales: Expr, sums: Expr, m: Expr, group: Expr, t: Tiling, valid: int
+    x: Expr, codes: Expr, scales: Expr, sums: Expr, m: Expr, group: Expr, t: Tiling, valid: int, limit: int
 ) -> None:
     """One group of a row, of which `valid` columns exist."""
     source, target = group * t.group, group * t.padded
     total, lane_sums, code = B.alloc_buffer((1,), "int32"), register("int32"), register("int32")
     put(lane_sums, ints(0))
     B.buffer_store(total, B.int32(0), [0])
-    limit = spread(B.float32(127))
     with B.serial(valid // LANES) as k:
         ratio = T.nearbyint(x[m, lanes(source + k * LANES)] / spread(scales[m]))
-        clipped = T.max(T.min(ratio, limit), spread(B.float32(-127)))
+        clipped = T.max(T.min(ratio, spread(B.float32(limit))), spread(B.float32(-limit)))
         put(code, B.cast(clipped, "int32x16"))
         put(lane_sums, get(lane_sums) + get(code))
         B.buffer_store(codes, B.cast(get(code), "int8x16"), [m, lanes(target + k * LANES)])
     with B.serial(valid % LANES) as k:
         column = valid // LANES * LANES + k
         ratio = T.nearbyint(x[m, source + column] / scales[m])
-        one = B.cast(T.max(T.min(ratio, B.float32(127)), B.float32(-127)), "int32")
+        one = B.cast(T.max(T.min(ratio, B.float32(limit)), B.float32(-limit)), "int32")
         B.buffer_store(total, total[0] + one, [0])
         B.buffer_store(codes, B.cast(one, "int8"), [m, target + column])
     with B.serial(t.padded - valid) as k:

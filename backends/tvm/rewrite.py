@@ -80,17 +80,20 @@ class Rewrite:
     def _product(self, node: ir.Node, weight: PackedWeight) -> ir.Value:
         tiling, arrays = self.parameters.tiled(weight)
         activation = read_activation(node.inputs[0])
-        rows = activation if isinstance(activation, DynamicActivation) and activation.is_int8 else None
+        rows = activation if isinstance(activation, DynamicActivation) else None
         integer, source = rows is not None, node.inputs[0] if rows is None else rows.source
         assert source is not None
-        operands = self._row_operands(node, source, tiling, integer)
+        operands = self._row_operands(node, source, tiling, rows)
         kernel = self.kernels.matmul(tiling, integer)
         inputs: list[ir.Value | None] = [source, *operands, *arrays]
         return self._emit(node, "QcMatMul", inputs, {"kernel": kernel, "rows": tiling.rows})
 
-    def _row_operands(self, node: ir.Node, source: ir.Value, t: Tiling, integer: bool) -> list[ir.Value]:
+    def _row_operands(
+        self, node: ir.Node, source: ir.Value, t: Tiling, rows: DynamicActivation | None
+    ) -> list[ir.Value]:
         """Rows quantized (codes, scales, sums) or padded, once for all products that read them."""
-        kernel = self.kernels.quantize_rows(t) if integer else self.kernels.pad_rows(t)
+        integer = rows is not None
+        kernel = self.kernels.quantize_rows(t, rows.limit, rows.clip) if rows else self.kernels.pad_rows(t)
         if (source, kernel) not in self._rows:
             attributes = {"kernel": kernel, "columns": t.words * QUAD, "groups": t.groups, "integer": int(integer)}
             made = ir.node(

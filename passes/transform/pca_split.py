@@ -87,12 +87,12 @@ class PCASplit(Pass):
         if isinstance(free, Refusal):
             return free
         stream, products = free
-        moments = _moments(model, stream)
-        total = float(np.trace(moments))
+        found = moments(model, stream)
+        total = float(np.trace(found))
         if not (np.isfinite(total) and total > 0):
             take_out(model.ir, products)
             return Refusal(name, "what its readers read is zero or not finite on this data")
-        power, ascending = np.linalg.eigh(moments)
+        power, ascending = np.linalg.eigh(found)
         basis = ascending[:, ::-1]
         strong = basis[:, :high] @ _mixed(high, self.seed + 2 * number)
         weak = basis[:, high:] @ _mixed(stream.width - high, self.seed + 2 * number + 1)
@@ -107,7 +107,7 @@ def _readers(model: Model, stream: Stream) -> list[Site]:
     return [site for site in find_sites(model.ir) if nodes & set(site.users)]
 
 
-def _moments(model: Model, stream: Stream) -> Floats:
+def moments(model: Model, stream: Stream) -> Floats:
     """float64 [width, width]: mean second moments of all values that are read, each in units of its power."""
     by_values = {site.activations: site for site in _readers(model, stream)}
     total = np.zeros((stream.width, stream.width))

@@ -158,6 +158,19 @@ def test_a_language_model_runs_in_a_fresh_process_with_any_length(tmp_path: Path
         loaded.run({"ids": np.zeros(3, np.int64)})
 
 
+def test_products_that_read_a_value_at_two_widths(tmp_path: Path) -> None:
+    n = helper.make_node
+    nodes = [n("MatMul", ["x", "w"], ["y"], name="a"), n("MatMul", ["x", "v"], ["z"], name="b")]
+    model = make(nodes, {"x": ["n", 40]}, ["y", "z"], {"w": normal(40, 24), "v": normal(40, 8)})
+    spec = parse_spec("int4-sym-channel-fp16")
+    lower(model, {"a": SitePlan(spec, "dynamic", "", 4, 0.9), "b": SitePlan(spec, "dynamic")})
+    CpuBackend().compile(model, tmp_path, Silent())
+    feeds = {"x": normal(5, 40)}
+    found, expected = run_fresh(tmp_path, feeds), reference_of(model, feeds)
+    for name, array in expected.items():
+        assert distance(found[name], array) < 1e-5
+
+
 def test_an_output_may_be_the_shape_of_another(tmp_path: Path) -> None:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="m"), helper.make_node("Shape", ["y"], ["s"])]
     model = make(nodes, {"x": ["n", 32]}, ["y"], {"w": normal(32, 8)})

@@ -89,6 +89,24 @@ def test_products_and_gathers_equal_the_reference(m: int, rows: int, columns: in
         run_gather(indices + rows, *arrays, table)
 
 
+@pytest.mark.parametrize(("limit", "clip"), [(7, 0.9), (3, 1.0), (127, 0.5)])
+def test_rows_of_other_widths_equal_the_reference(limit: int, clip: float) -> None:
+    m, rows, columns, spec = PRODUCTS[4]
+    weight = random_weight(rows, columns, spec)
+    t = layout.tiling_of(weight)
+    quantize, product = compiled(matmul.quantize_rows("rows", t, limit, clip), matmul.matmul("product", t, "portable"))
+    x = (np.random.default_rng(m).standard_normal((m, columns)) * 3).astype(np.float32)
+    x[m // 2] = 0
+    codes, scales = np.zeros((m, t.words * 4), np.int8), np.zeros(m, np.float32)
+    sums, y = np.zeros((m, t.groups), np.int32), np.zeros((m, rows), np.float32)
+    quantize(x, codes, scales, sums)
+    expected_codes, expected_scales = reference.quantize_rows(x, limit, clip)
+    assert np.array_equal(scales, expected_scales[:, 0])
+    assert np.abs(codes).max() == limit
+    product(codes, scales, sums, *layout.tile(weight, t).values(), y)
+    assert np.array_equal(y, reference.group_matmul(expected_codes, expected_scales, weight))
+
+
 @pytest.mark.parametrize("case", [PRODUCTS[1], PRODUCTS[4]])
 def test_float_activations_keep_float_precision(case: tuple[int, int, int, str]) -> None:
     m, rows, columns, spec = case
