@@ -22,6 +22,7 @@ PASSES: dict[str, str] = {
     "spinquant": "qcompiler.passes.transform.spinquant:SpinQuant",
     "smooth": "qcompiler.passes.transform.smooth:Smooth",
     "smooth-plus": "qcompiler.passes.transform.smooth_plus:SmoothPlus",
+    "smooth-attention": "qcompiler.passes.transform.smooth_attention:SmoothAttention",
     "awq": "qcompiler.passes.transform.awq:AWQ",
     "dual-scale": "qcompiler.passes.transform.dual_scale:DualScale",
     "scale-fold": "qcompiler.passes.transform.scale_fold:ScaleFold",
