@@ -99,6 +99,7 @@ class LearningTwin:
         self._inputs = [str(value.name) for value in model.graph.inputs if value.const_value is None]
         self._makers = {node.meta["value"]: node for node in self.module.graph.nodes if "value" in node.meta}
         self._at = dict(self._makers)
+        self._count = 0
 
     def outputs(self, feed: Mapping[str, npt.NDArray[Any]]) -> tuple[torch.Tensor, ...]:
         """The graph's outputs for a batch of its inputs by name; inside `step` only.
@@ -134,7 +135,8 @@ class LearningTwin:
             readers: for those operations only that make these values; for all, also later ones, if None.
         """
         node = self._at[name]
-        key = f"tuned_{len(list(self.module.children()))}"
+        key = f"inserted_{self._count}"  # children are no count: one module may stand behind several values
+        self._count += 1
         self.module.add_submodule(key, module)
         with self.module.graph.inserting_after(node):
             made = self.module.graph.call_module(key, (source or node,))
