@@ -27,16 +27,16 @@ class MobileQuant(Learning):
 
     Attributes:
         scale_rate: of the logarithms of the scales.
-        share_rate: of the clipping of weights: of the logit of the share of a group's range that its grid spans.
+        share_rate: of the clipping of weights: of the share of a group's range that its grid spans.
         range_rate: of the ends of static activation grids, in shares of their span.
         codes: also round the weights, with the learned clipping, and keep the learned activation ranges; else passes
             for that come after this one, and choose them anew.
     """
 
     rates: ClassVar[tuple[str, ...]] = ("scale_rate", "share_rate", "range_rate")
-    scale_rate: float = 1e-2
-    share_rate: float = 2e-2
-    range_rate: float = 1e-3
+    scale_rate: float = 4e-2
+    share_rate: float = 3e-3
+    range_rate: float = 3e-3
     codes: bool = False
 
     def run(self, model: Model, progress: Progress) -> PassReport:

@@ -17,7 +17,7 @@ from qcompiler.formats.fit import encode, fit, quantize
 from qcompiler.formats.promoted import Promoted
 from qcompiler.graph.sites import Site
 
-_WIDEST, _NARROWEST = 0.98, 0.2  # of the range of a group, to begin with
+_NARROWEST, _WIDEST = 0.05, 1.1  # of the range of a group; scales of least squared error may be a little wider
 _FAR = np.float32(1e9)  # steps: beyond every grid
 
 
@@ -35,7 +35,8 @@ class RoundedWeight:
         matrix: float32 [rows, columns], where the share begins: at the clipping of least squared error.
 
     Attributes:
-        share: parameter [scale rows, groups], the logit of the share; None where it is not learned.
+        share: parameter [scale rows, groups] (MobileQuant has its logit, and so never the whole range); None where it
+            is not learned.
     """
 
     def __init__(self, site: Site, spec: QuantSpec, matrix: Floats) -> None:
@@ -50,8 +51,7 @@ class RoundedWeight:
         """Set the share to where the rounding of a matrix [rows, columns] has the least squared error."""
         if self.share is not None:
             clipped, whole = (fit(matrix, self.spec, method)[0] for method in ("mse", "minmax"))
-            start = np.clip(clipped / whole, _NARROWEST, _WIDEST)
-            self.share.copy_(torch.from_numpy(np.log(start / (1 - start)).astype(np.float32)))
+            self.share.copy_(torch.from_numpy(clipped / whole))
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rounded weight, in the layout of the site."""
@@ -86,7 +86,7 @@ class RoundedWeight:
     def grid(self, blocks: Floats) -> tuple[Floats, Floats | None]:
         """Scales and zero points [scale rows, groups, 1] for the present share."""
         assert self.share is not None
-        share = torch.sigmoid(self.share.detach()).numpy()[..., None]
+        share = self.share.detach().clamp(_NARROWEST, _WIDEST).numpy()[..., None]
         low, high = (np.minimum(blocks.min(-1, keepdims=True), 0), np.maximum(blocks.max(-1, keepdims=True), 0))
         scale, zero = self.spec.format.fit(low * share, high * share, self.spec.symmetric)
         return round_scale(scale, self.spec.scale_dtype), zero
@@ -132,8 +132,8 @@ class _Rounding(torch.autograd.Function):
         per_scale = np.einsum("abc,abc->ab", gradient, slopes)[..., None]  # times the scale
         found = gradient * inside
         _to_the_ends(found, blocks, per_scale, symmetric=weight.spec.symmetric)
-        held = 1 - torch.sigmoid(share).numpy()
-        return weight.tensor(found), torch.from_numpy(np.asarray(per_scale[..., 0] * held, np.float32)), None
+        per_share = torch.from_numpy(np.asarray(per_scale[..., 0], np.float32)) / share.clamp(_NARROWEST, _WIDEST)
+        return weight.tensor(found), per_share, None
 
 
 def _to_the_ends(found: Floats, blocks: Floats, per_scale: npt.NDArray[Any], *, symmetric: bool) -> None:
