@@ -44,11 +44,10 @@ def errors(found: Fixture, passes: list[Pass]) -> dict[str, float]:
 
 def run(claim: Claim, case: str, found: Fixture) -> None:
     """The share of layers in order, and what each step of the order gains in the median layer."""
-    branch = {name: LoRC(name, rank=RANK, share=2.0, common=False) for name in ("plain", "slim", "input")}
+    branch = {name: LoRC(name, rank=RANK, share=2.0, common=False) for name in ("plain", "slim")}
     none = errors(found, [Nearest()])
-    plain, slim, full = (errors(found, [branch[name], Nearest()]) for name in branch)
+    plain, slim = (errors(found, [branch[name], Nearest()]) for name in branch)
     claim.record(case, "slim < plain < none", float(np.mean([slim[n] < plain[n] < none[n] for n in none])))
-    claim.record(case, "input < slim", float(np.mean([full[n] < slim[n] for n in none])))
     claim.record(case, "asked", 0.9)
     claim.record(case, "plain over slim, median layer", median(plain[n] / slim[n] for n in none))
     claim.record(case, "none over plain, median layer", median(none[n] / plain[n] for n in none))

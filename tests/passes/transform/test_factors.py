@@ -77,7 +77,7 @@ def test_what_float16_cannot_hold_and_what_is_nothing_has_no_factors() -> None:
 def test_singular_moments_are_no_obstacle() -> None:
     x = noise(3, 2)  # two samples of 24 channels, one of them dead
     x[:, 5] = 0
-    metric = Metric.inputs(x.T @ x / np.float32(2))
+    metric = Metric.inputs(np.asarray(x.T @ x / 2, np.float32))
     factors = found(noise(), metric)
     assert np.isfinite(factors.product()).all()
     assert metric.cost(noise() - factors.product()) < 1e-4 * metric.cost(noise())
