@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "dual-scale": "qcompiler.passes.transform.dual_scale:DualScale",
     "scale-fold": "qcompiler.passes.transform.scale_fold:ScaleFold",
     "equalize": "qcompiler.passes.transform.equalize:Equalize",
+    "absorb-bias": "qcompiler.passes.transform.absorb_bias:AbsorbBias",
     "lorc": "qcompiler.passes.transform.lorc:LoRC",
     "svdquant": "qcompiler.passes.transform.svdquant:SVDQuant",
     "channel-order": "qcompiler.passes.transform.channel_order:ChannelOrder",

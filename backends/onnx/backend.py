@@ -13,7 +13,7 @@ import onnxruntime as ort
 from qcompiler.backends.onnx.fast_form import FastForm, fast_form
 from qcompiler.backends.onnx.session import OrtRunnable, optimized_operations, session_options, unfused
 from qcompiler.errors import BadOption, PassRefused
-from qcompiler.formats import Granularity, Int, PerChannel, PerGroup, Promoted, QuantSpec, UInt
+from qcompiler.formats import Granularity, Int, PerChannel, PerGroup, Progressive, Promoted, QuantSpec, UInt
 from qcompiler.graph.codes import row_groups_refusal
 from qcompiler.graph.sites import Site
 from qcompiler.graph.storage import embed
@@ -59,7 +59,7 @@ class OnnxBackend:
         if plan.weight is None:
             return None
         fmt = plan.weight.format
-        if not isinstance(fmt, Int | UInt | Promoted):
+        if not isinstance(fmt, Int | UInt | Progressive | Promoted):
             return f"ONNX has no form for {fmt}"
         width = fmt.high if isinstance(fmt, Promoted) else fmt.bits
         if width > 8:

@@ -28,7 +28,7 @@ from qcompiler.backends.onnx.decoded import decode
 from qcompiler.backends.onnx.emit import MICROSOFT, Emitter, replace_output
 from qcompiler.backends.onnx.rows import RowCodes, write_row_codes, write_row_product
 from qcompiler.backends.reference import quantize_bias
-from qcompiler.formats import PerChannel, PerTensor
+from qcompiler.formats import PerChannel, PerTensor, Progressive
 from qcompiler.graph.functions import DynamicActivation, StaticActivation
 
 _SAFE_BITS = 7  # of signed codes whose products with uint8 can be added in pairs in 16 bits
@@ -202,8 +202,8 @@ class _Rewriter:
 
 def _kind(use: QuantizedOperation) -> str:
     """What suits an operation best: "integer", "rows", "blocks" or "decoded"."""
-    if use.weight.output.dtype not in (None, ir.DataType.FLOAT):
-        return "decoded"
+    if use.weight.output.dtype not in (None, ir.DataType.FLOAT) or isinstance(use.weight.spec.format, Progressive):
+        return "decoded"  # no kernel takes two levels of scales
     if isinstance(use.activation, StaticActivation) and _is_integer(use):
         return "integer"
     dynamic = isinstance(use.activation, DynamicActivation)

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import PassRefused
-from qcompiler.formats import Int, PerChannel, PerRowGroup, PerTensor, Promoted, QTensor, UInt
+from qcompiler.formats import Format, Int, PerChannel, PerRowGroup, PerTensor, Progressive, Promoted, QTensor, UInt
 from qcompiler.formats.packing import pack, pack_plane
+from qcompiler.formats.progressive import split_scales
 from qcompiler.formats.promoted import split_zero
 from qcompiler.graph import functions
 from qcompiler.graph.codes import row_groups_refusal
@@ -98,14 +99,11 @@ def store(site: Site, tensor: QTensor, opset: int) -> StoredWeight:
     as_matrix = _needs_matrix(site, tensor)
     arrange = _Arrangement(site, as_matrix)
     codes = _merged(out, arrange, tensor) if isinstance(spec.format, Promoted) else _plain(out, arrange, tensor)
-    scale = out.constant(
-        arrange.per_group(tensor, tensor.scale).astype(_STORAGE.get(spec.scale_dtype, np.float32)), "scale"
-    )
-    inputs = [codes, _widened(out, scale)]
+    inputs = [codes, _scales(out, arrange, tensor)]
     if isinstance(spec.format, Promoted) and not spec.symmetric:
         inputs.append(_merged_zeros(out, arrange, tensor))
     elif tensor.zero is not None and not isinstance(spec.format, Promoted):
-        inputs.append(out.integers(arrange.per_group(tensor, tensor.zero), spec.format, "zero"))  # type: ignore[arg-type]
+        inputs.append(out.integers(arrange.per_group(tensor, tensor.zero), _grid(spec.format), "zero"))
     shape = tensor.shape if as_matrix else site.shape
     value = out.apply("DequantizeLinear", inputs, "dequantized", ir.DataType.FLOAT, shape, arrange.attributes(tensor))
     dequantize = out.nodes[-1]
@@ -139,7 +137,7 @@ def _as_lowered(site: Site, tensor: QTensor) -> QTensor:
         if isinstance(fmt, Int):
             tensor = replace(tensor, zero=None if spec.symmetric else split_zero(tensor.zero)[1])
     width = fmt.high if isinstance(fmt, Promoted) else fmt.bits
-    if not isinstance(fmt, Int | UInt | Promoted) or width not in (2, 3, 4, 5, 6, 7, 8, 16):
+    if not isinstance(fmt, Int | UInt | Promoted | Progressive) or width not in (2, 3, 4, 5, 6, 7, 8, 16):
         raise PassRefused(f"no ONNX form for weights of format {fmt}", site.name, "use int2 to int8 or uint2 to uint8")
     if isinstance(fmt, UInt) and tensor.zero is None:
         signed = Int(fmt.bits)
@@ -230,7 +228,26 @@ class _Arrangement:
 
 def _plain(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
     """Codes of one width in their place."""
-    return out.integers(arrange.codes(tensor.codes), tensor.spec.format, "codes")  # type: ignore[arg-type]
+    return out.integers(arrange.codes(tensor.codes), _grid(tensor.spec.format), "codes")
+
+
+def _grid(fmt: Format) -> Int | UInt:
+    """The integers that codes and zero points of one width are."""
+    if isinstance(fmt, Progressive):
+        return fmt.grid
+    assert isinstance(fmt, Int | UInt)
+    return fmt
+
+
+def _scales(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
+    """Scales as float32; of two levels they are multiplied, which float32 does without rounding."""
+    spec, dtype = tensor.spec, _STORAGE.get(tensor.spec.scale_dtype, np.float32)
+    if not isinstance(spec.format, Progressive):
+        return _widened(out, out.constant(arrange.per_group(tensor, tensor.scale).astype(dtype), "scale"))
+    outer, inner = (arrange.per_group(tensor, part) for part in split_scales(tensor.scale, spec.scale_dtype))
+    row = _widened(out, out.constant(outer.astype(dtype), "scale"))
+    group = _widened(out, out.constant(inner.astype(np.uint8), "group_scale"))
+    return out.apply("Mul", [row, group], "scales", ir.DataType.FLOAT, inner.shape)
 
 
 def _merged(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
@@ -288,7 +305,14 @@ def _widened(out: StoredWeight, scale: ir.Value) -> ir.Value:
     if scale.const_value.dtype == ir.DataType.FLOAT:
         return scale
     shape = tuple(scale.const_value.shape.numpy())
-    return out.apply("Cast", [scale], "scale_fp32", ir.DataType.FLOAT, shape, {"to": ir.DataType.FLOAT.value})
+    return out.apply(
+        "Cast",
+        [scale],
+        f"{str(scale.name).removeprefix(f'{out.site.weight.name}_')}_fp32",
+        ir.DataType.FLOAT,
+        shape,
+        {"to": ir.DataType.FLOAT.value},
+    )
 
 
 def _reshaped(out: StoredWeight, value: ir.Value) -> ir.Value:

@@ -15,7 +15,7 @@ import numpy as np
 
 from qcompiler import registry
 from qcompiler.errors import BadOption, PassRefused, Refusal
-from qcompiler.formats import PerGroup, PerRowGroup, QuantSpec
+from qcompiler.formats import Int, PerGroup, PerRowGroup, QuantSpec, UInt
 from qcompiler.formats.fit import Method, encode, fit
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.gram import Gram, gram_parts, grams
@@ -114,7 +114,7 @@ class AdaDim(Pass):
 
 def _turned(spec: QuantSpec) -> QuantSpec | None:
     """The same with groups along the other axis; None where there are no groups."""
-    if isinstance(spec.granularity, PerGroup) and spec.format.groups_rows:
+    if isinstance(spec.granularity, PerGroup) and isinstance(spec.format, Int | UInt):
         return replace(spec, granularity=PerRowGroup(spec.granularity.size))
     if isinstance(spec.granularity, PerRowGroup):
         return replace(spec, granularity=PerGroup(spec.granularity.size))

@@ -79,7 +79,7 @@ def better_codes(matrix: Floats, factor: Factor, start: Sequence[QTensor]) -> li
 
 def best_scales(start: QTensor, hessian: Floats, pull: Floats) -> QTensor:
     """Of all groups of a row together; where rows share scales, of one group after the other."""
-    own = len(start.scale) == len(start.codes)
+    own = len(start.scale) == len(start.codes) and start.spec.format.free_scales
     return (solve_scales if own else refine_scales)(start, hessian, pull)
 
 

@@ -73,8 +73,9 @@ class LearnedWeight:
         gradient = self._parameter.grad
         if gradient is None:  # the weight does not matter to any output
             return
-        self.factor.grad = torch.from_numpy(self._per_scale(gradient.float() * self._parameter))
-        self.factor.grad /= 1 + self.factor
+        if self._tensor.spec.format.free_scales:
+            self.factor.grad = torch.from_numpy(self._per_scale(gradient.float() * self._parameter))
+            self.factor.grad /= 1 + self.factor
         if self.codes is not None:
             self.codes.collect(self._per_code(self._site.to_matrix(gradient.float().numpy())))
         self._parameter.grad = None

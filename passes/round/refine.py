@@ -78,6 +78,8 @@ def refine_codes(start: QTensor, hessian: Floats, pull: Floats) -> QTensor:
 
 def refine_scales(start: QTensor, hessian: Floats, pull: Floats) -> QTensor:
     """One sweep over the groups: each scale becomes the best one, codes and other scales given; see `refine_codes`."""
+    if not start.spec.format.free_scales:
+        return start
     spec, (rows, columns) = start.spec, start.shape
     blocks, size = hessian.shape[0], start.spec.granularity.group_size(columns)
     shape = (blocks, rows // blocks, columns)

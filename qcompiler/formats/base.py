@@ -69,8 +69,12 @@ class Format(Protocol):
         ...
 
     @property
-    def groups_rows(self) -> bool:
-        """Whether groups may lie along the rows of a column as well."""
+    def free_scales(self) -> bool:
+        """Whether every scale may be any number: else only `formats.fit` sets them."""
+        ...
+
+    def check(self, granularity: Granularity, symmetric: bool) -> None:
+        """Raise BadOption for a spec that this format cannot be part of."""
         ...
 
     def fit(self, low: Floats, high: Floats, symmetric: bool) -> tuple[Floats, Floats | None]:
@@ -93,6 +97,10 @@ class Format(Protocol):
         """Stored bits of the codes of a [rows, columns] matrix, and of what goes with them beside the scales."""
         ...
 
+    def scale_bits(self, scale_rows: int, groups: int, each: int) -> int:
+        """Stored bits of scales [scale rows, groups], of which a float takes `each`."""
+        ...
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -110,8 +118,7 @@ class QuantSpec:
         if self.scale_dtype not in SCALE_DTYPES:
             fix = f"use one of {', '.join(SCALE_DTYPES)}"
             raise BadOption(f"unknown scale dtype '{self.scale_dtype}'", fix=fix)
-        if isinstance(self.granularity, PerRowGroup) and not self.format.groups_rows:
-            raise BadOption(f"groups of {self.format} lie along the columns", str(self), "write g32 in place of r32")
+        self.format.check(self.granularity, self.symmetric)
 
     @property
     def bits(self) -> int:
@@ -120,9 +127,12 @@ class QuantSpec:
 
     def stored_bits(self, rows: int, columns: int) -> int:
         """Exact stored bits of a [rows, columns] matrix: packed codes, scales and packed zero points or flags."""
-        scale_rows, groups = self.granularity.grid(rows, columns)
-        scales = scale_rows * groups * SCALE_DTYPES[self.scale_dtype][1]
-        return scales + sum(self.format.storage(rows, columns, self.granularity, self.symmetric))
+        rest = sum(self.format.storage(rows, columns, self.granularity, self.symmetric))
+        return self.scale_bits(rows, columns) + rest
+
+    def scale_bits(self, rows: int, columns: int) -> int:
+        """Stored bits of the scales of a [rows, columns] matrix."""
+        return self.format.scale_bits(*self.granularity.grid(rows, columns), SCALE_DTYPES[self.scale_dtype][1])
 
     def with_bits(self, bits: int) -> QuantSpec:
         """The same spec with another width."""

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, row_parts, spread_rows
 from qcompiler.formats.granularity import PerGroup, PerRowGroup, PerTensor
 from qcompiler.formats.hqq import half_quadratic
+from qcompiler.formats.progressive import Progressive
+from qcompiler.formats.progressive_fit import fit_progressive
 from qcompiler.formats.promoted import Promoted
 from qcompiler.formats.promotion import promote
 from qcompiler.formats.scales import free_magnitude
@@ -60,6 +62,9 @@ def fit(
     weights = _checked_importance(importance, matrix)
     if isinstance(spec.granularity, PerRowGroup):
         return _fit_turned(matrix, spec, method, weights)
+    if isinstance(spec.format, Progressive):
+        with np.errstate(over="ignore"):  # as below
+            return fit_progressive(matrix, spec, method, weights)
     if isinstance(spec.format, Promoted):
         narrow, wide = (replace(spec, format=fmt) for fmt in (spec.format.narrow, spec.format.wide))
         forms = [quantize(matrix, one, method, weights) for one in (narrow, wide)]

@@ -49,9 +49,12 @@ class _Integer:
         return self.lo, self.hi
 
     @property
-    def groups_rows(self) -> bool:
-        """Scales may be shared in any way."""
+    def free_scales(self) -> bool:
+        """Scales are any numbers."""
         return True
+
+    def check(self, granularity: Granularity, symmetric: bool) -> None:
+        """Scales may be shared in any way, with zero points or without."""
 
     @property
     def middle(self) -> int:
@@ -103,6 +106,10 @@ class _Integer:
         """Stored bits of a [rows, columns] matrix: of its packed codes, and of its packed zero points."""
         scale_rows, groups = granularity.grid(rows, columns)
         return packed_bits(rows * columns, self.bits), 0 if symmetric else packed_bits(scale_rows * groups, self.bits)
+
+    def scale_bits(self, scale_rows: int, groups: int, each: int) -> int:
+        """One scale a group."""
+        return scale_rows * groups * each
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qcompiler.errors import BadOption
 from qcompiler.formats.base import Codes, Floats
-from qcompiler.formats.granularity import Granularity
+from qcompiler.formats.granularity import Granularity, PerRowGroup
 from qcompiler.formats.integer import Int
 from qcompiler.formats.packing import packed_bits
 
@@ -74,9 +74,14 @@ class Promoted:
         return self.wide.code_range
 
     @property
-    def groups_rows(self) -> bool:
-        """Groups of two widths are stored column by column of a row."""
-        return False
+    def free_scales(self) -> bool:
+        """Scales are any numbers."""
+        return True
+
+    def check(self, granularity: Granularity, symmetric: bool) -> None:  # noqa: ARG002
+        """Groups are stored as they lie in a row."""
+        if isinstance(granularity, PerRowGroup):
+            raise BadOption(f"groups of {self} lie along the columns", fix="write g32 in place of r32")
 
     @property
     def average_bits(self) -> float:
@@ -125,6 +130,10 @@ class Promoted:
         codes = packed_bits((groups - high) * size, self.bits) + packed_bits(high * size, self.high)
         points = packed_bits(groups - high, self.bits) + packed_bits(high, self.high)
         return codes, packed_bits(groups, 1) + (0 if symmetric else points)
+
+    def scale_bits(self, scale_rows: int, groups: int, each: int) -> int:
+        """One scale a group."""
+        return scale_rows * groups * each
 
     def __str__(self) -> str:
         return f"int{self.bits}to{self.high}p{self.percent:g}"

@@ -54,6 +54,8 @@ def _numbers(value: ir.Value | None) -> npt.NDArray[Any]:
     """Scales (perhaps behind a Cast) or zero points as they are stored."""
     assert value is not None
     node = value.producer()
+    if node is not None and node.op_type == "Mul":  # two levels of scales
+        return np.asarray(_numbers(node.inputs[0]), np.float32) * np.asarray(_numbers(node.inputs[1]), np.float32)
     if node is not None and node.op_type in ("Cast", "Squeeze"):
         return _numbers(node.inputs[0])
     return read_integers(value) if node is not None else _tensor(value).numpy()

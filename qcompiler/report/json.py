@@ -8,7 +8,6 @@ from typing import Any
 from qcompiler.budget import Row, breakdown
 from qcompiler.evaluate.classes import class_output
 from qcompiler.formats import QuantSpec
-from qcompiler.formats.base import SCALE_DTYPES
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
 from qcompiler.pipeline import PassReport
@@ -133,8 +132,7 @@ def _parts(sites: Sequence[Site], model: Model, rows: Mapping[str, Row]) -> list
 
 
 def _split_bits(spec: QuantSpec, rows: int, columns: int) -> tuple[int, int, int]:
-    scale_rows, groups = spec.granularity.grid(rows, columns)
-    scales = scale_rows * groups * SCALE_DTYPES[spec.scale_dtype][1]
+    scales = spec.scale_bits(rows, columns)
     codes, _ = spec.format.storage(rows, columns, spec.granularity, spec.symmetric)
     return codes, scales, spec.stored_bits(rows, columns) - codes - scales
 
