@@ -32,6 +32,7 @@ from qcompiler.passes.round.gptq_core import factorize, gptq_round, hessian_loss
 
 COARSE = ("uint2-asym-g64", "uint2-asym-channel")
 FINER = ("uint3-asym-g64", "uint4-asym-g64", "uint8-asym-g64")
+BLOCKS = {"smollm2_135m": 2, "minilm_l6_v2": None}
 ROUNDINGS = {"gptq": GPTQ, "decoupleq": DecoupleQ}
 
 
@@ -63,10 +64,10 @@ def white(case: Fixture, spec: str) -> dict[str, float]:
 
 def main(assets: Path) -> None:
     claim = Claim("decoupleq: codes and scales by turns (decoupleQ)")
-    for name in ("smollm2_135m", "minilm_l6_v2"):
+    for name in BLOCKS:
         coarse = COARSE if name == "smollm2_135m" else COARSE[:1]
         for seed in SEEDS:
-            case = fixture(assets, name, 2, seed=seed, samples=8, public=4)
+            case = fixture(assets, name, BLOCKS[name], seed=seed, samples=8, public=4)
             for spec in coarse:
                 for rounding in ROUNDINGS:
                     claim.record(f"{name}, {spec}", rounding, arm(case, spec, rounding))
