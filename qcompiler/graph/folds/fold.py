@@ -175,8 +175,8 @@ def find_fold(
         kind: of transform.
         axis: the channel axis of the value: 1 for images, -1 for rows of features.
         insert: allow operations to be added (per-channel bounds for a Clip that a scale crosses).
-        loose: let a scale cross Clip and leave the bounds alone; the function changes unless the scaled values
-            stay within them.
+        loose: let a scale cross Clip and leave the bounds alone, and a shift cross Relu; the function changes unless
+            the scaled values stay within the bounds, and the shifted ones above 0.
 
     Returns:
         A Fold, or a Refusal that says what stands in the way.

@@ -39,8 +39,9 @@ def _same_for_all(value: ir.Value, labels: Labels) -> bool:
 
 
 def unary(region: Region, node: ir.Node) -> None:
-    """Identity, Cast, Dropout; and where a scale may cross, Relu and its kind."""
-    if region.kind in ("shift", "rotate") and node.op_type in HOMOGENEOUS:
+    """Identity, Cast, Dropout; where a scale may cross, Relu and its kind; where a loose shift may, Relu."""
+    loose = region.kind == "shift" and region.loose and node.op_type == "Relu"
+    if region.kind in ("shift", "rotate") and node.op_type in HOMOGENEOUS and not loose:
         region.pin_node(node, f"a {region.kind} cannot cross {label(node)}")
         return
     inputs = range(len(node.inputs)) if region.kind == "permute" else (0,)

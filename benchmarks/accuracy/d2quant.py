@@ -1,0 +1,67 @@
+"""D2Quant (2602.02546): a second scale for the columns of down projections, absorbed by the rows before them.
+
+Claim, before the run: with only the down projections of the first blocks of smollm2_135m rounded to 2 and 3 bits in
+groups of 64, dual scales are better than single ones at equal bytes; so they are with all layers rounded (sites =
+"all"). Control: down projections of Gaussian numbers whose inputs all have one magnitude, where no column is
+different: nothing is gained.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+import numpy as np
+import onnx_ir as ir
+from awq import flatten
+from harness import SEEDS, Claim, Fixture, Measured, assets_folder, fixture, measure
+
+from qcompiler.graph.sites import find_sites
+from qcompiler.model import Model
+from qcompiler.passes.plan.uniform import Uniform
+from qcompiler.passes.round.nearest import Nearest
+from qcompiler.passes.transform.dual_scale import DualScale
+from qcompiler.pipeline import Pass
+
+WEIGHED = Nearest(importance="activations")
+OTHERS = ("embeddings", "*self_attn*", "*gate_proj*", "*up_proj*")
+
+
+def gaussian(model: Model) -> None:
+    """Flat inputs, and down projections without any structure."""
+    flatten(model)
+    rng = np.random.default_rng(0)
+    for site in find_sites(model.ir):
+        if "down_proj" in site.name:
+            matrix = rng.normal(size=(site.rows, site.columns)) * site.matrix().std()
+            site.weight.const_value = ir.tensor(site.from_matrix(matrix).astype(np.float32), name=site.weight.name)
+
+
+def rounded(model: Fixture, spec: str, keep: tuple[str, ...], *transforms: Pass) -> Measured:
+    return measure(model, [Uniform(spec, keep=keep), *transforms, WEIGHED])
+
+
+def main() -> None:
+    claim = Claim("D2Quant: dual scales are better than single ones, at equal bytes")
+    assets = assets_folder()
+    specs = ("uint2-asym-g64", "int3-sym-g64")
+    for seed in SEEDS:
+        plain = fixture(assets, "smollm2_135m", 2, seed=seed, samples=8, public=4)
+        control = plain.changed(gaussian)
+        for spec in specs:
+            for case, model, keep, item in (
+                (f"down {spec}", plain, OTHERS, DualScale()),
+                (f"all {spec}", plain, ("embeddings",), DualScale(sites="all")),
+                (f"gaussian {spec}", control, OTHERS, DualScale()),
+            ):
+                claim.record(case, "single", rounded(model, spec, keep))
+                claim.record(case, "dual", rounded(model, spec, keep, item))
+    for spec in specs:
+        claim.better(f"down {spec}", "dual", "single")
+        claim.better(f"all {spec}", "dual", "single")
+        gains = zip(claim.values[f"down {spec}", "dual"], claim.values[f"down {spec}", "single"], strict=True)
+        claim.vanishes(f"gaussian {spec}", "dual", "single", within=max(0.1 * median(a - b for a, b in gains), 0.02))
+    claim.show()
+
+
+if __name__ == "__main__":
+    main()
