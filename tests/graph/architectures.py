@@ -256,6 +256,89 @@ def vit() -> ir.Model:
     return net.model(net.op("Gemm", first, net.random(10, WIDTH), net.random(10), transB=1))
 
 
+EXPERTS = 4
+
+
+def moe(*, stacked: bool = False) -> ir.Model:
+    """Mixtral: a router sends every token to the two best of its experts; their weights are one tensor if stacked."""
+    net = Net(12)
+    _, x = _tokens(net)
+    for layer in range(LAYERS):
+        h = net.rms_norm(x)
+        mixed = net.attention(*(net.heads(net.linear(h, WIDTH, WIDTH, False), HEADS) for _ in range(3)))
+        x = net.op("Add", x, net.linear(mixed, WIDTH, WIDTH, False))
+        h = net.rms_norm(x)
+        chances = net.op("Softmax", net.linear(h, WIDTH, EXPERTS, False, f"{layer}.router"), axis=-1)
+        best, chosen = net.op("TopK", chances, net.ints(2), outputs=2, axis=-1)
+        shares = [_share(net, best, chosen, expert) for expert in range(EXPERTS)]
+        x = net.op("Add", x, _stacked(net, h, shares) if stacked else _experts(net, h, shares))
+    return net.model(net.linear(net.rms_norm(x), WIDTH, VOCABULARY, False))
+
+
+def _share(net: Net, best: ir.Value, chosen: ir.Value, expert: int) -> ir.Value:
+    """[batch, seq, 1]: with what weight an expert takes part, 0 for most."""
+    mine = net.op("Equal", chosen, net.const(np.array(expert, np.int64)))
+    return net.op("ReduceSum", net.op("Where", mine, best, net.const(np.float32(0))), net.ints(-1))
+
+
+def _experts(net: Net, h: ir.Value, shares: Sequence[ir.Value]) -> ir.Value:
+    total: ir.Value | None = None
+    for share in shares:
+        gate, up = (net.linear(h, WIDTH, 12, False) for _ in range(2))
+        y = net.op("Mul", net.linear(net.op("Mul", net.silu(gate), up), 12, WIDTH, False), share)
+        total = y if total is None else net.op("Add", total, y)
+    assert total is not None
+    return total
+
+
+def _stacked(net: Net, h: ir.Value, shares: Sequence[ir.Value]) -> ir.Value:
+    wide = net.op("Unsqueeze", h, net.ints(1))
+    gate, up, down = (
+        net.const(net.rng.normal(size=(EXPERTS, *shape)) / np.sqrt(shape[0]))
+        for shape in ((WIDTH, 12), (WIDTH, 12), (12, WIDTH))
+    )
+    inside = net.op("Mul", net.silu(net.op("MatMul", wide, gate)), net.op("MatMul", wide, up))
+    weights = net.op("Concat", *(net.op("Unsqueeze", share, net.ints(1)) for share in shares), axis=1)
+    return net.op("ReduceSum", net.op("Mul", net.op("MatMul", inside, down), weights), net.ints(1), keepdims=0)
+
+
+def packed() -> ir.Model:
+    """timm's attention: queries, keys and values in one axis of a reshaped product; both of q and k are scaled."""
+    net = Net(13)
+    _, x = _tokens(net)
+    for _ in range(LAYERS):
+        joined = net.op("Reshape", net.linear(net.layer_norm(x), WIDTH, 3 * WIDTH), net.ints(0, 0, 3, HEADS, HEAD))
+        apart = net.op("Transpose", joined, perm=[2, 0, 3, 1, 4])
+        q, k, v = (net.op("Gather", apart, net.const(np.array(n)), axis=0) for n in range(3))
+        q, k = (net.op("Mul", part, net.const(np.float32(HEAD**-0.25))) for part in (q, k))
+        x = net.op("Add", x, net.linear(net.attention(q, k, v), WIDTH, WIDTH))
+        x = net.op("Add", x, net.linear(net.op("Gelu", net.linear(net.layer_norm(x), WIDTH, 24)), 24, WIDTH))
+    return net.model(net.linear(net.op("ReduceMean", net.layer_norm(x), net.ints(1), keepdims=0), WIDTH, 10))
+
+
+def merged() -> ir.Model:
+    """Heads in the batch axis, as older exports of OPT have it, and a mask by Where; Gemm on flattened tokens."""
+    net = Net(14)
+    _, x = _tokens(net)
+    mask = net.const(np.tril(np.ones((SEQ, SEQ), np.bool_)))
+    for _ in range(LAYERS):
+        h = net.layer_norm(x)
+        parts = [net.heads(net.linear(h, WIDTH, WIDTH), HEADS) for _ in range(3)]
+        q, k, v = (net.op("Reshape", part, net.ints(-1, SEQ, HEAD)) for part in parts)
+        scores = net.op("MatMul", q, net.op("Transpose", k, perm=[0, 2, 1]))
+        scores = net.op("Where", mask, scores, net.const(np.float32(-1e9)))
+        mixed = net.op(
+            "Reshape", net.op("MatMul", net.op("Softmax", scores, axis=-1), v), net.ints(-1, HEADS, SEQ, HEAD)
+        )
+        mixed = net.op("Reshape", net.op("Transpose", mixed, perm=[0, 2, 1, 3]), net.ints(-1, SEQ, WIDTH))
+        x = net.op("Add", x, net.linear(mixed, WIDTH, WIDTH))
+        flat = net.op("Reshape", net.layer_norm(x), net.ints(-1, WIDTH))
+        inside = net.op("Relu", net.op("Gemm", flat, net.random(24, WIDTH), net.random(24), transB=1))
+        out = net.op("Gemm", inside, net.random(WIDTH, 24), net.random(WIDTH), transB=1)
+        x = net.op("Add", x, net.op("Reshape", out, net.ints(-1, SEQ, WIDTH)))
+    return net.model(net.linear(net.layer_norm(x), WIDTH, VOCABULARY, bias=False))
+
+
 def bert() -> ir.Model:
     """Norms behind the sums: BERT and the original transformer."""
     net = Net(11)
@@ -287,6 +370,25 @@ def mobilenet(clip: bool = True) -> ir.Model:
     return net.model(net.op("Gemm", pooled, net.random(10, 20), net.random(10), transB=1))
 
 
+def efficientnet() -> ir.Model:
+    """EfficientNet-Lite: bottlenecks without activation behind them, 5x5 kernels, no squeeze and excitation."""
+    net = Net(15)
+    image = net.input("images", ["batch", 3, 12, 12])
+
+    def relu6(x: ir.Value) -> ir.Value:
+        return net.op("Clip", x, net.const(np.float32(0)), net.const(np.float32(6)))
+
+    x = relu6(net.conv(image, 3, 8, strides=[2, 2]))
+    x = net.conv(relu6(net.conv(x, 8, 8, 3, groups=8)), 8, 6, 1)
+    for _ in range(LAYERS):
+        h = relu6(net.conv(relu6(net.conv(x, 6, 24, 1)), 24, 24, 5, groups=24))
+        x = net.op("Add", net.conv(h, 24, 6, 1), x)
+    h = relu6(net.conv(relu6(net.conv(x, 6, 24, 1)), 24, 24, 5, groups=24, strides=[2, 2]))
+    x = relu6(net.conv(net.conv(h, 24, 10, 1), 10, 20, 1))
+    pooled = net.op("Flatten", net.op("AveragePool", x, kernel_shape=[3, 3]))
+    return net.model(net.op("Gemm", pooled, net.random(10, 20), net.random(10), transB=1))
+
+
 def resnet() -> ir.Model:
     """Residual blocks with ReLU after the sum, a projection shortcut, a grouped convolution and PRelu."""
     net = Net(10)
@@ -313,6 +415,11 @@ ARCHITECTURES: dict[str, Callable[[], ir.Model]] = {
     "parallel": parallel,
     "vit": vit,
     "bert": bert,
+    "moe": moe,
+    "moe-stacked": lambda: moe(stacked=True),
+    "packed": packed,
+    "merged": merged,
+    "efficientnet": efficientnet,
     "mobilenet": mobilenet,
     "mobilenet-relu": lambda: mobilenet(clip=False),
     "resnet": resnet,

@@ -254,15 +254,16 @@ class _Search:
         """MatMul or Gemm with a constant: its columns write the stream, its rows read it."""
         weight = node.inputs[1]
         constant = None if weight is None else resolve(weight)
-        if weight is None or constant is None or node.inputs[0] is None or len(dims(weight)) != 2:
+        last = 0 if weight is None else len(dims(weight)) - 1  # more than two axes: a weight for each expert
+        if constant is None or node.inputs[0] is None or last < 1:
             raise Unfit(f"a rotation cannot cross {label(node)}")
         if node.attributes.get_int("transA", 0):
-            raise Unfit(f"a rotation cannot cross {label(node)}, which transposes its data")
+            raise Unfit(f"{label(node)} transposes its data")
         flipped = (node.attributes.get_int("transB", 0) == 1) ^ constant.transposed
         if node.inputs[0] in self.values:
-            self.readers.append(Turn(node, 1, constant, 1 if flipped else 0))
+            self.readers.append(Turn(node, 1, constant, last if flipped else last - 1))
         if node.outputs[0] in self.values:
-            self.writers.append(Turn(node, 1, constant, 0 if flipped else 1))
+            self.writers.append(Turn(node, 1, constant, last - 1 if flipped else last))
             if len(node.inputs) > 2:
                 self._operand(node, 2)
 
