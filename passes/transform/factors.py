@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import eigh
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from qcompiler.formats import QuantSpec
@@ -180,10 +181,34 @@ def _directions(error: Floats, metric: Metric, rank: int) -> Floats | None:
 
     With u the largest eigenvectors of error M error^T that is u^T error; its rows are scaled to a largest element of 1.
     """
+    size = np.abs(error).max(initial=0)
+    if not (np.isfinite(size) and size > 0):
+        return None
+    unit = error / size
+    vectors = _by_gram(unit, metric, rank) if metric.moments.ndim == 1 else _by_products(unit, metric, rank)
+    if vectors is None:
+        return None
+    right = vectors.T @ unit
+    reach = np.abs(right).max(1, keepdims=True)
+    return np.divide(right, reach, out=np.zeros_like(right), where=reach > 0)
+
+
+def _by_gram(error: Floats, metric: Metric, rank: int) -> Floats | None:
+    """The largest eigenvectors of error M error^T for a diagonal M, through the smaller of the two Gram matrices."""
+    scaled = error * np.sqrt(metric.moments)
+    wide = scaled.shape[0] <= scaled.shape[1]
+    gram = scaled @ scaled.T if wide else scaled.T @ scaled
+    if not gram.any():
+        return None
+    _, vectors = eigh(gram, subset_by_index=(len(gram) - rank, len(gram) - 1))
+    return np.asarray(vectors if wide else scaled @ vectors, np.float32)
+
+
+def _by_products(error: Floats, metric: Metric, rank: int) -> Floats | None:
+    """The largest eigenvectors of error M error^T, of which nothing but products with vectors is computed."""
 
     def apply(vector: Floats) -> Floats:
-        with np.errstate(over="ignore", invalid="ignore"):  # seen below
-            return np.asarray(error @ metric.weigh(error.T @ vector), np.float32)
+        return np.asarray(error @ metric.weigh(error.T @ vector), np.float32)
 
     rows = len(error)
     first = apply(np.random.default_rng(0).normal(size=rows).astype(np.float32))
@@ -191,9 +216,7 @@ def _directions(error: Floats, metric: Metric, rank: int) -> Floats | None:
         return None
     operator = LinearOperator((rows, rows), matvec=apply, dtype=np.float32)  # type: ignore[call-arg]
     _, vectors = eigsh(operator, k=rank, v0=first, tol=1e-3)  # type: ignore[arg-type]
-    right = np.asarray(vectors, np.float32).T @ error
-    reach = np.abs(right).max(1, keepdims=True)
-    return np.divide(right, reach, out=np.zeros_like(right), where=reach > 0)
+    return np.asarray(vectors, np.float32)
 
 
 def _fitted(error: Floats, right: Floats, metric: Metric) -> Factors | None:
