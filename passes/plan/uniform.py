@@ -39,7 +39,8 @@ class Uniform(Pass):
         target: who must be able to run it.
         budget: what the result must stay within; the formats are fixed, so one that they exceed is refused.
         high: spec of panels that a transform has marked as those that need more precision (`pca-split`,
-            `channel-order`), whose dynamic activations have 8 bits whatever `activation_bits` says; empty: as `spec`.
+            `channel-order`), whose dynamic activations have 8 bits whatever `activation_bits` says; empty: as `spec`;
+            "float" leaves them alone.
         activation_bits: of dynamic activations, 3 to 8.
         activation_clip: share of a row's largest magnitude beyond which dynamic activations are clipped, in (0, 1].
     """
@@ -58,7 +59,7 @@ class Uniform(Pass):
         parse_spec(self.spec)
         if self.embeddings not in ("", "float"):
             parse_spec(self.embeddings)
-        if self.high:
+        if self.high not in ("", "float"):
             parse_spec(self.high)
         if self.activation not in _MODES:
             raise BadOption(f"unknown activation mode '{self.activation}'", "uniform", f"use {', '.join(_MODES)}")

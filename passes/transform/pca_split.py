@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import BadOption, Refusal
 from qcompiler.graph.folds import Stream, find_stream
+from qcompiler.graph.folds.widen import find_obstacle, widen
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import residual_streams
 from qcompiler.measure.gram import gram_parts, grams
@@ -41,13 +42,18 @@ class PCASplit(Pass):
     Source: ResQ (2412.14363), projection of the residual stream. Its bases for values and keys are not built: those of
     keys are no part of the graph's function before rotary embeddings.
 
+    QUAD (2503.19353) appends these directions to the stream instead, which becomes wider by them; the channels that
+    were there keep the rest of the power, and all of them are of the narrow panel.
+
     Attributes:
         share: of the channels that get more precision.
+        append: as QUAD has it.
         seed: of the rotations.
     """
 
     contract: ClassVar[Literal["exact", "lossy"]] = EXACT
     share: float = 0.125
+    append: bool = False
     seed: int = 0
 
     def requires(self, model: Model) -> None:
@@ -68,7 +74,7 @@ class PCASplit(Pass):
                 refused.append(found)
                 continue
             stream, facts = found
-            cut, kept = _cut(model, stream, facts["high"])
+            cut, kept = _cut(model, stream, facts["high"], append=self.append)
             turned[name], changed = facts | {"readers cut": cut}, changed + cut
             refused += kept
         return PassReport(self.registered_name(), changed, tuple(refused), {"streams": turned} if turned else {})
@@ -87,6 +93,9 @@ class PCASplit(Pass):
         if isinstance(free, Refusal):
             return free
         stream, products = free
+        if self.append and (obstacle := find_obstacle(stream)) is not None:
+            take_out(model.ir, products)
+            return obstacle
         found = moments(model, stream)
         total = float(np.trace(found))
         if not (np.isfinite(total) and total > 0):
@@ -94,12 +103,20 @@ class PCASplit(Pass):
             return Refusal(name, "what its readers read is zero or not finite on this data")
         power, ascending = np.linalg.eigh(found)
         basis = ascending[:, ::-1]
-        strong = basis[:, :high] @ _mixed(high, self.seed + 2 * number)
-        weak = basis[:, high:] @ _mixed(stream.width - high, self.seed + 2 * number + 1)
-        stream.rotate(np.concatenate([strong, weak], 1))
+        self._apply(stream, basis, high, self.seed + 2 * number)
         captured = float(power[-high:].sum()) / total
         inserted = [node.name for node in products]
         return stream, {"width": stream.width, "high": high, "power": captured, "inserted": inserted}
+
+    def _apply(self, stream: Stream, basis: Floats, high: int, seed: int) -> None:
+        """Turn the stream to a basis [width, width] whose first `high` columns are the strong ones, or append these."""
+        strong = basis[:, :high] @ _mixed(high, seed)
+        if self.append:
+            rest = np.eye(stream.width) - strong @ strong.T
+            widen(stream, np.concatenate([strong, rest @ _mixed(stream.width, seed + 1)], 1))
+        else:
+            weak = basis[:, high:] @ _mixed(stream.width - high, seed + 1)
+            stream.rotate(np.concatenate([strong, weak], 1))
 
 
 def _readers(model: Model, stream: Stream) -> list[Site]:
@@ -113,7 +130,7 @@ def moments(model: Model, stream: Stream) -> Floats:
     total = np.zeros((stream.width, stream.width))
     for chunk in gram_parts(by_values.values(), lambda site: [site]):
         for gram in grams(model, chunk, enough_samples(model)).values():
-            matrix = gram.matrix[0].astype(np.float64)
+            matrix = gram.matrix.mean(0, dtype=np.float64)
             total += matrix / (np.trace(matrix) or 1.0)
     return total / max(len(by_values), 1)
 
@@ -126,12 +143,12 @@ def _mixed(size: int, seed: int) -> Floats:
     return q * np.sign(np.diagonal(r))
 
 
-def _cut(model: Model, stream: Stream, high: int) -> tuple[int, list[Refusal]]:
+def _cut(model: Model, stream: Stream, high: int, *, append: bool) -> tuple[int, list[Refusal]]:
     """Cut what can be cut of the readers; how many, and why not the rest."""
     readers = _readers(model, stream)
     reasons = {site.name: uncut(site, 2) for site in readers}
     groups = by_value(site for site in readers if reasons[site.name] is None)
     for group in groups.values():
-        cut_alike(model, group, (high, stream.width - high), high=1)
+        cut_alike(model, group, (high, stream.width if append else stream.width - high), high=1)
     refused = [Refusal(name, f"it is not cut: {reason}") for name, reason in reasons.items() if reason is not None]
     return sum(map(len, groups.values())), refused

@@ -12,8 +12,11 @@ import pytest
 from qcompiler.backends.onnx.backend import OnnxBackend
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
+from qcompiler.graph.folds import Stream, find_stream
+from qcompiler.graph.folds.widen import widen
 from qcompiler.graph.panels import find_cuts, is_high
 from qcompiler.graph.sites import find_sites
+from qcompiler.graph.topology import residual_streams
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
@@ -21,6 +24,7 @@ from qcompiler.passes.plan.candidates import Rows, menu
 from qcompiler.passes.plan.uniform import Uniform
 from qcompiler.passes.round.gptq import GPTQ
 from qcompiler.passes.round.nearest import Nearest
+from qcompiler.passes.transform.center_norms import CenterNorms
 from qcompiler.passes.transform.channel_order import ChannelOrder
 from qcompiler.passes.transform.join_panels import JoinPanels
 from qcompiler.passes.transform.pca_split import PCASplit
@@ -79,7 +83,7 @@ def w4a4(high: str = "int8-sym-channel-fp32", **options: Any) -> Uniform:
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
-@pytest.mark.parametrize("item", [PCASplit(), ORDER])
+@pytest.mark.parametrize("item", [PCASplit(), PCASplit(share=0.25, append=True), ORDER])
 def test_the_function_stays_or_there_is_a_reason(name: str, item: Pass) -> None:
     model = model_of(name)
     report = run(model, item)
@@ -97,6 +101,55 @@ def test_a_stream_is_cut_at_all_its_readers(name: str) -> None:
     (facts,) = report.metrics["streams"].values()
     assert (facts["width"], facts["high"], facts["readers cut"]) == (WIDTH, 4, 5 * LAYERS + 1)
     assert 0.5 < facts["power"] <= 1
+
+
+@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "parallel", "vit"])
+def test_streams_between_layer_norms_once_these_see_no_mean(name: str, append: bool) -> None:
+    report = run(model_of(name), CenterNorms(), PCASplit(share=0.25, append=append))
+    assert report.changed or any("may hold the number of channels" in r.reason for r in report.refused)
+    assert report.changed or append
+
+
+@pytest.mark.parametrize("name", ROTATABLE)
+def test_appended_directions_make_the_stream_wider_and_no_longer(name: str) -> None:
+    model = model_of(name)
+    report = run(model, PCASplit(share=0.25, append=True))
+    (facts,) = report.metrics["streams"].values()
+    assert (facts["width"], facts["high"], facts["readers cut"]) == (WIDTH, 4, 5 * LAYERS + 1)
+    cuts = find_cuts(model.graph, find_sites(model.ir))
+    assert {cut.sizes for cut in cuts} == {(4, WIDTH)}
+    values = [str(cut.value.name) for cut in cuts]
+    shown = Runner(model.ir, outputs=sorted(set(values)))(feeds_for(model.ir))
+    for array in shown.values():  # norms divide by the number of channels that there was
+        assert array.shape[-1] == WIDTH + 4
+        np.testing.assert_allclose(np.square(array).sum(-1), WIDTH, rtol=1e-2)
+    assert all(cut.value.shape is not None and cut.value.shape[-1] == WIDTH + 4 for cut in cuts)
+
+
+def test_only_orthonormal_rows_widen_and_only_streams_without_gains() -> None:
+    model = model_of("llama")
+    stream = find_stream(model.ir, residual_streams(model.ir)[0].values[0])
+    assert isinstance(stream, Stream)
+    wide = np.concatenate([np.eye(WIDTH), np.zeros((WIDTH, 2))], 1)
+    with pytest.raises(BadOption, match="gain for each channel"):
+        widen(stream, wide)
+    stream.fold_gains()
+    for matrix in (2 * wide, wide[1:], wide.T):
+        with pytest.raises(BadOption, match="orthonormal"):
+            widen(stream, matrix)
+    before = Runner(model.ir)(feeds_for(model.ir))
+    widen(stream, wide)
+    for name, array in Runner(model.ir)(feeds_for(model.ir)).items():
+        np.testing.assert_allclose(array, before[name], rtol=1e-4, atol=1e-4)
+
+
+def test_appended_directions_gain_at_four_bits() -> None:
+    """QUAD: less error than rotation alone, with the same bits in what was there."""
+    model = model_of("llama")
+    plain = decibels(model, Rotate(), w4a4(), Nearest())
+    for high in ("int8-sym-channel-fp32", "float"):
+        assert decibels(model, PCASplit(share=0.25, append=True), w4a4(high), Nearest()) > plain + 1
 
 
 def moments(model: Model) -> np.ndarray:
