@@ -49,7 +49,8 @@ class LearnedWeight:
 
     def result(self) -> QTensor:
         """The weight as learned so far, its scales as they will be stored."""
-        scale = round_scale(self._scale(), self._tensor.spec.scale_dtype)
+        free, scale = self._tensor.spec.format.free_scales, self._tensor.scale
+        scale = round_scale(self._scale(), self._tensor.spec.scale_dtype) if free else scale
         return replace(
             self._tensor, scale=scale, codes=self._tensor.codes if self.codes is None else self.codes.final()
         )

@@ -91,4 +91,7 @@ def scaled(tensor: QTensor, factor: np.float32) -> QTensor:
     """The tensor that decodes to `factor` times as much."""
     if factor == 1:
         return tensor
-    return replace(tensor, scale=round_scale(tensor.scale * factor, tensor.spec.scale_dtype))
+    scale = tensor.scale * factor
+    if tensor.spec.format.free_scales:  # else a power of two is all that they may be multiplied with, which is exact
+        scale = round_scale(scale, tensor.spec.scale_dtype)
+    return replace(tensor, scale=scale)

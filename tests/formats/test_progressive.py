@@ -165,6 +165,12 @@ def test_scales_of_another_format_cannot_be_split() -> None:
 def test_the_graph_holds_what_was_rounded(make: Any, spec: str, rounding: Any, tmp_path: Any) -> None:
     model = planned(make(), spec)
     rounding.run(model, Silent())
+    for q in model.weights.values():
+        outer, inner = split_scales(q.scale, q.spec.scale_dtype)
+        assert q.zero is not None
+        low, high = q.spec.format.zero_range(inner)  # type: ignore[attr-defined]
+        assert ((low <= q.zero) & (q.zero <= high)).all()
+        np.testing.assert_array_equal(outer * inner, q.scale)
     decoded = {site.name: model.weights[site.name].decode() for site in find_sites(model.ir)}
     counted = stored_bytes(model)
     InsertQDQ().run(model, Silent())

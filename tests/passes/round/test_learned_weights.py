@@ -7,14 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompiler.formats import QTensor, parse_spec
+from qcompiler.formats import QTensor, parse_spec, spread
 from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
 from tests.passes.round.small_models import cnn, mlp
 
 torch = pytest.importorskip("torch")
-SPECS = ["int4-sym-channel-fp32", "uint3-asym-g7-fp16", "int5-sym-tensor-fp32", "int3-sym-g32-fp16"]
+SPECS = [
+    "int4-sym-channel-fp32",
+    "uint3-asym-g7-fp16",
+    "int5-sym-tensor-fp32",
+    "int3-sym-g32-fp16",
+    "uint3-asym-r7-fp16",
+]
 
 
 def sites() -> list[Site]:
@@ -71,7 +77,7 @@ def test_gradients_of_codes_pass_straight_through(text: str) -> None:
     weight.fill()
     parameter.grad = torch.ones(site.shape)
     weight.collect()
-    scale = np.repeat(tensor.scale, tensor.spec.granularity.group_size(site.columns), 1)[:, : site.columns]
+    scale = spread(tensor.scale, tensor.spec, site.columns, site.rows)
     np.testing.assert_allclose(weight.codes.parameter.grad.numpy(), np.broadcast_to(scale, (site.rows, site.columns)))
 
 
@@ -94,3 +100,13 @@ def test_a_weight_that_does_not_matter_has_no_gradient() -> None:
     weight.fill()
     weight.collect()
     assert weight.factor.grad is None
+
+
+def test_scales_of_two_levels_stay_as_they_are() -> None:
+    site = sites()[0]
+    weight, tensor, parameter = learned(site, "qoq4-asym-g8", codes="straight")
+    weight.fill()
+    parameter.grad = torch.ones(site.shape)
+    weight.collect()
+    assert weight.factor.grad is None
+    np.testing.assert_array_equal(weight.result().scale, tensor.scale)
