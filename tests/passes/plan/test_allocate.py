@@ -323,6 +323,15 @@ def test_what_the_target_cannot_hold_stays_float_inside_the_average(
         run(Allocate("3bits"))
 
 
+def test_rows_of_dynamic_activations_get_the_width_that_is_asked_for(measured: Measured) -> None:
+    done, _ = run(Allocate("4bits", activations="dynamic", activation_bits=4, activation_clip=0.9))
+    assert {(p.activation, p.activation_bits, p.activation_clip) for p in done.plan.sites.values()} == {
+        ("dynamic", 4, 0.9)
+    }
+    done, _ = run(Allocate("4bits", activations="dynamic"))
+    assert {p.activation_bits for p in done.plan.sites.values()} == {8}
+
+
 def test_static_activations_are_refused_where_the_target_has_none(measured: Measured) -> None:
     done, report = run(Allocate("4bits", activations="static"))
     assert {p.activation for p in done.plan.sites.values()} == {"dynamic"}
