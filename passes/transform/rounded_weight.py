@@ -101,7 +101,7 @@ class RoundedWeight:
         granularity, (rows, columns) = self.spec.granularity, shape
         per_row = (rows, -(-columns // granularity.group_size(columns)))
         plain = isinstance(granularity, PerTensor) or granularity.grid(rows, columns) == per_row
-        return plain and not isinstance(self.spec.format, Promoted)
+        return plain and self.spec.format.free_scales and not isinstance(self.spec.format, Promoted)
 
 
 class _Rounding(torch.autograd.Function):
