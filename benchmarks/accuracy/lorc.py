@@ -56,8 +56,9 @@ def run(claim: Claim, case: str, found: Fixture, arms: dict[str, list[Pass]]) ->
 
 def main() -> None:
     """Measure, print the table and the verdicts."""
-    assets, claim = assets_folder(), Claim("Low-rank correction of the rounding error (2303.08302, 2410.06040)")
+    assets = assets_folder()
     for name, blocks in MODELS:
+        claim = Claim(f"Low-rank correction of the rounding error (2303.08302, 2410.06040), {name}")
         nearest, gptq, flat = f"{name} W3", f"{name} W3 gptq", f"gaussian {name} W3"
         for seed in SEEDS:
             found = fixture(assets, name, blocks, seed=seed)
@@ -72,7 +73,7 @@ def main() -> None:
         claim.better(gptq, "input", "g32")
         claim.vanishes(flat, "input", "g32", 0.5)
         claim.vanishes(flat, "input", "plain", 0.5)
-    claim.show()
+        claim.show()
 
 
 if __name__ == "__main__":

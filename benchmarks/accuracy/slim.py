@@ -56,15 +56,16 @@ def run(claim: Claim, case: str, found: Fixture) -> None:
 
 def main() -> None:
     """Measure, print the table and the verdicts."""
-    assets, claim = assets_folder(), Claim("Order of saliences of low-rank branches (SLiM, 2410.09615)", "(ratio)")
+    assets = assets_folder()
     for name, blocks in MODELS:
+        claim = Claim(f"Order of saliences of low-rank branches (SLiM, 2410.09615), {name}", "(ratio)")
         for seed in SEEDS:
             found = fixture(assets, name, blocks, seed=seed)
             run(claim, name, found)
             run(claim, f"gaussian {name}", found.changed(gaussian))
         claim.better(name, "slim < plain < none", "asked", -1e-9)
         claim.vanishes(f"gaussian {name}", "plain over slim, median layer", "one", 0.1)
-    claim.show()
+        claim.show()
 
 
 if __name__ == "__main__":

@@ -78,8 +78,9 @@ def run(claim: Claim, where: str, found: Fixture, case: str) -> None:
 
 def main() -> None:
     """Measure, print the table and the verdicts."""
-    assets, claim = assets_folder(), Claim("SVDQuant against smoothing at the same bytes (2411.05007)")
+    assets = assets_folder()
     for name, blocks in MODELS:
+        claim = Claim(f"SVDQuant against smoothing at the same bytes (2411.05007), {name}")
         for seed in SEEDS:
             found = fixture(assets, name, blocks, seed=seed)
             for case in CASES:
@@ -90,7 +91,7 @@ def main() -> None:
                 margin = 0.5 if isinstance(rounding, Nearest) else 0.0
                 claim.better(f"{name} {case}", "svdquant g64", baseline, margin)
         claim.vanishes(f"gaussian {name} W4A4", "svdquant g64", BASELINES[0], 0.5)
-    claim.show()
+        claim.show()
 
 
 if __name__ == "__main__":
