@@ -5,7 +5,7 @@
 Claims (ResQ, 2412.14363; systems.md, row 55), on the first blocks of SmolLM2 with 4 bits and a clip of 0.9 for rows:
 
 1. resq better than hadamard better than plain rounding, to nearest and by GPTQ. What resq stores more (an eighth of the
-   columns at 8 bits) the others may spend on scales of groups of 48.
+   columns at 8 bits) the others may spend on scales of groups of 40.
 2. With an eighth of the inputs of *all* products at 8 bits: the channels that reach furthest, the same behind a
    Hadamard rotation of the stream, and directions of the stream with channels elsewhere. The last is better than both.
 
@@ -33,7 +33,7 @@ from qcompiler.passes.transform.rotate import Rotate, without_gains
 from qcompiler.pipeline import Pass
 
 BLOCKS = 3
-NARROW, FINE, WIDE = "int4-sym-channel-fp16", "int4-sym-g48-fp16", "int8-sym-channel-fp16"
+NARROW, FINE, WIDE = "int4-sym-channel-fp16", "int4-sym-g40-fp16", "int8-sym-channel-fp16"
 SPLIT = ChannelOrder(block=64, theta=0.0, most=0.125)
 
 
