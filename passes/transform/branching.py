@@ -71,9 +71,9 @@ class Readers:
         count = self.rows * self.columns
         rank = min(most, int(share * count / (BITS * (self.rows + self.columns))))
         if rank < 1:
-            return Refusal(self.name, f"a branch of rank 1 stores more than {share:g} bits per weight")
+            return Refusal(self.name, f"no branch: one of rank 1 stores more than {share:g} bits per weight")
         if rank >= min(self.rows, self.columns):
-            return Refusal(self.name, f"a branch of rank {rank} is no smaller than the weights")
+            return Refusal(self.name, f"no branch: one of rank {rank} is no smaller than the weights")
         return rank
 
 
