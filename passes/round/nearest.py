@@ -14,6 +14,7 @@ from qcompiler.formats.base import Floats
 from qcompiler.formats.fit import Method, quantize
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.curvature import fisher
+from qcompiler.measure.gram import gram_parts, grams
 from qcompiler.measure.segments import Segments
 from qcompiler.model import Model
 from qcompiler.passes.round.rows import input_rows
@@ -31,14 +32,15 @@ class Nearest(Pass):
     Attributes:
         clipping: "mse" searches the scales of least squared error, "minmax" covers every weight, "hqq" (half-quadratic
             quantization) lets few weights be far off where that brings the many closer.
-        importance: "activations" weighs the errors of a column by the mean square of its input, "fisher" those of every
+        importance: "activations" weighs the errors of a column by the mean square of its input, "moments" takes the
+            squared error of the output within each group of columns (as AWQ clips), "fisher" weighs those of every
             weight by the diagonal of the Fisher information (FGMP; needs the extra `torch`). Where a format has groups
             of two widths, it also says which are promoted.
         samples: of the calibration data, for the importance.
     """
 
     clipping: Method = "mse"
-    importance: Literal["none", "activations", "fisher"] = "none"
+    importance: Literal["none", "activations", "moments", "fisher"] = "none"
     samples: int = 32
 
     def requires(self, model: Model) -> None:
@@ -51,15 +53,14 @@ class Nearest(Pass):
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.weights`."""
         sites = [site for site in find_sites(model.ir) if site.name in model.plan.sites]
+        specs = {site: spec for site in sites if (spec := model.plan.sites[site.name].weight) is not None}
         weights = self._importance(model, sites, progress)
-        changed = 0
-        for site in progress.track(sites, "Rounding"):
-            spec = model.plan.sites[site.name].weight
-            if spec is not None:
-                matrix = site.matrix()
-                model.weights[site.name] = quantize(matrix, spec, self.clipping, weights(site))
-                changed += 1
-        return PassReport(self.registered_name(), changed)
+        for part in gram_parts(specs, lambda site: [site]) if self.importance == "moments" else [list(specs)]:
+            if self.importance == "moments":
+                weights = _moments(model, part, self.samples)
+            for site in progress.track(part, "Rounding"):
+                model.weights[site.name] = quantize(site.matrix(), specs[site], self.clipping, weights(site))
+        return PassReport(self.registered_name(), len(specs))
 
     def _importance(self, model: Model, sites: list[Site], progress: Progress) -> Callable[[Site], Floats | None]:
         """For a site the weights of its squared errors, if there are any."""
@@ -68,6 +69,19 @@ class Nearest(Pass):
             return lambda site: found.of(site) / (found.means[site.name].max() or np.float32(1))
         powers = _powers(model, sites, self.samples) if self.importance == "activations" else {}
         return lambda site: powers.get(site.name)
+
+
+def _moments(model: Model, sites: list[Site], samples: int) -> Callable[[Site], Floats | None]:
+    """Second moments of each site's input relative to the largest mean square, [products, columns, columns]."""
+    known = grams(model, sites, samples)
+
+    def of(site: Site) -> Floats | None:
+        if site.name not in known:
+            return None
+        matrix = known[site.name].matrix
+        return matrix / (np.einsum("gkk->gk", matrix).max() or np.float32(1))
+
+    return of
 
 
 def _powers(model: Model, sites: list[Site], samples: int) -> dict[str, Floats]:

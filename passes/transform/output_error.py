@@ -22,7 +22,7 @@ from qcompiler.progress import Progress
 _ROWS = 128  # of a weight matrix, to judge a transform
 
 
-Importance = Literal["none", "activations"]
+Importance = Literal["none", "activations", "moments"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class OutputError:
         site, spec, gram: what, how, and by which inputs.
         matrix: float32 [chosen rows, columns]; every `step`-th row.
         power: mean square of the input, float32 [columns] or [chosen rows, columns].
-        importance: "activations": rounding weighs its errors by that, as `nearest` does.
+        importance: how rounding weighs its errors, as `nearest` does it.
     """
 
     site: Site
@@ -67,11 +67,20 @@ class OutputError:
         return self.gram.error(self.rounded(effect) - self.matrix)
 
     def _nearest(self, matrix: Floats, factors: Doubles | None) -> Floats:
+        return quantize(matrix, self.spec, "mse", self._weights(factors)).decode()
+
+    def _weights(self, factors: Doubles | None) -> Floats | None:
+        """Of the errors of a weight whose columns are multiplied by factors [rows or 1, columns]."""
         if self.importance == "none":
-            return quantize(matrix, self.spec, "mse").decode()
+            return None
+        moments = self.gram.matrix
+        if self.importance == "moments" and (factors is None or len(factors) == 1 or len(moments) > 1):
+            f = np.ones((1, moments.shape[2])) if factors is None else factors
+            own = f if len(f) == 1 else f[:: len(f) // len(moments)]
+            moments = (moments / (own[:, :, None] * own[:, None, :])).astype(np.float32)
+            return moments / (np.einsum("gkk->gk", moments).max() or np.float32(1))
         power = self.power if factors is None else self.power / factors**2
-        relative = np.broadcast_to(power / (power.max() or 1.0), matrix.shape)
-        return quantize(matrix, self.spec, "mse", relative).decode()
+        return np.broadcast_to(power / (power.max() or 1.0), self.matrix.shape)
 
 
 def judged(

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, row_parts, spread_rows
-from qcompiler.formats.granularity import PerGroup, PerRowGroup, PerTensor
+from qcompiler.formats.granularity import PerChannel, PerGroup, PerRowGroup, PerTensor
 from qcompiler.formats.hqq import half_quadratic
+from qcompiler.formats.moments import Moments, diagonal
 from qcompiler.formats.progressive import Progressive
 from qcompiler.formats.progressive_fit import fit_progressive
 from qcompiler.formats.promoted import Promoted
@@ -46,7 +47,9 @@ def fit(
         spec: format, granularity, symmetry, dtype of the scales.
         method: "minmax" covers every weight; "mse" minimises sum(importance * error^2) in each group; "hqq"
             sum(importance * |error|^0.7), from min-max on.
-        importance: non-negative weights of the squared errors, [columns] or [rows, columns]. They also say which groups
+        importance: non-negative weights of the squared errors, [columns] or [rows, columns]; or [products, columns,
+            columns], the second moments H of the inputs of the rows (split evenly over the products): "mse" then
+            minimises e^T H e within each group of columns, and all else takes its diagonal. They also say which groups
             of a `Promoted` format are promoted.
 
     Returns:
@@ -60,6 +63,8 @@ def fit(
         raise ValueError(f"unknown method '{method}': use {', '.join(METHODS)}")
     matrix = _checked(matrix)
     weights = _checked_importance(importance, matrix)
+    if weights is not None and weights.ndim == 3 and not _in_groups(spec, method):
+        weights = diagonal(weights, len(matrix))
     if isinstance(spec.granularity, PerRowGroup):
         return _fit_turned(matrix, spec, method, weights)
     if isinstance(spec.format, Progressive):
@@ -83,6 +88,12 @@ def fit(
     if unit != 1:
         scale = round_scale(scale * unit, spec.scale_dtype)
     return scale, None if spec.symmetric else zero
+
+
+def _in_groups(spec: QuantSpec, method: Method) -> bool:
+    """Whether errors of one group of a row can be judged together."""
+    plain = not isinstance(spec.format, Progressive | Promoted)
+    return method == "mse" and plain and isinstance(spec.granularity, PerGroup | PerChannel)
 
 
 def _fit_turned(
@@ -131,9 +142,11 @@ def _checked_importance(importance: npt.NDArray[np.floating] | None, matrix: Flo
     if importance is None:
         return None
     weights = np.asarray(importance, np.float32)
-    if weights.shape not in (matrix.shape, matrix.shape[1:]):
+    moments = weights.ndim == 3 and weights.shape[1:] == 2 * matrix.shape[1:] and len(matrix) % len(weights) == 0
+    if not moments and weights.shape not in (matrix.shape, matrix.shape[1:]):
         raise ValueError(f"importance of shape {weights.shape} does not fit a matrix of shape {matrix.shape}")
-    if not np.isfinite(weights).all() or (weights.size and weights.min() < 0):
+    lowest = np.einsum("pkk->pk", weights) if moments else weights
+    if not np.isfinite(weights).all() or (weights.size and lowest.min() < 0):
         raise ValueError("importance must be finite and not negative")
     return weights
 
@@ -157,7 +170,7 @@ def _tiles(shape: tuple[int, ...], spec: QuantSpec) -> Iterator[tuple[slice, sli
 
 def _blocks(
     matrix: Floats, weights: Floats | None, rows: slice, groups: slice, columns: slice
-) -> tuple[Floats, Floats | None]:
+) -> tuple[Floats, Floats | Moments | None]:
     """A tile as [groups, width], with its importance."""
     part = matrix[rows, columns]
     count = groups.stop - groups.start
@@ -166,13 +179,16 @@ def _blocks(
     shape = (count, part.size // max(count, 1))
     if weights is None:
         return part.reshape(shape), None
+    if weights.ndim == 3:
+        products = np.arange(len(matrix))[rows] // (len(matrix) // len(weights))
+        return part.reshape(shape), Moments.of(weights, products, groups.stop - groups.start, columns)
     return part.reshape(shape), np.broadcast_to(weights, matrix.shape)[rows, columns].reshape(shape)
 
 
 class _Best:
     """The best scale and zero of each group so far: block [groups, width], scale and zero [groups, 1]."""
 
-    def __init__(self, block: Floats, weight: Floats | None, spec: QuantSpec) -> None:
+    def __init__(self, block: Floats, weight: Floats | Moments | None, spec: QuantSpec) -> None:
         self.block, self.spec, self.weight = block, spec, weight
         self.low = block.min(1, keepdims=True, initial=0.0)
         self.high = block.max(1, keepdims=True, initial=0.0)
@@ -185,8 +201,12 @@ class _Best:
     def _judge(self, scale: Floats, zero: Floats) -> Floats:
         fmt, offset = self.spec.format, None if self.spec.symmetric else zero
         error = fmt.decode(fmt.encode(self.block, scale, offset), scale, offset) - self.block
-        weighted = error if self.weight is None else error * self.weight
-        return np.einsum("ij,ij->i", error, weighted)[:, None]
+        return np.einsum("ij,ij->i", error, self._weighed(error))[:, None]
+
+    def _weighed(self, error: Floats) -> Floats:
+        if isinstance(self.weight, Moments):
+            return self.weight.times(error)
+        return error if self.weight is None else error * self.weight
 
     def offer(self, scale: Floats, zero: Floats, ends: Floats | None = None) -> None:
         """Take a candidate wherever it is better than what is there."""
@@ -209,18 +229,19 @@ class _Best:
         """Try the least-squares scale for the present codes."""
         fmt, offset = self.spec.format, None if self.spec.symmetric else self.zero
         units = fmt.decode(fmt.encode(self.block, self.scale, offset), np.ones_like(self.scale), offset)
-        weighted = units if self.weight is None else units * self.weight
+        weighted = self._weighed(units)
         power = np.einsum("ij,ij->i", weighted, units)[:, None]
         product = np.einsum("ij,ij->i", weighted, self.block)[:, None]
         usable = (power > 0) & (product > 0)
         self.offer(np.where(usable, product / np.where(usable, power, 1), self.scale), self.zero)
 
 
-def _search(block: Floats, weight: Floats | None, spec: QuantSpec, method: Method) -> _Best:
+def _search(block: Floats, weight: Floats | Moments | None, spec: QuantSpec, method: Method) -> _Best:
     best = _Best(block, weight, spec)
     if method == "minmax":
         return best
     if method == "hqq":
+        assert not isinstance(weight, Moments)
         best.scale, best.zero = half_quadratic(block, weight, spec, best.scale, best.zero)
         return best
     half = 1 << (spec.bits - 1)

@@ -123,3 +123,61 @@ def test_a_large_matrix_takes_seconds() -> None:
     start = time.process_time()
     fit(w, parse_spec("uint4-asym-g32-fp16"))
     assert time.process_time() - start < 5  # measured 0.4
+
+
+def moments_of(columns: int, products: int = 1, seed: int = 5) -> np.ndarray:
+    """Of inputs with means and correlations, [products, columns, columns]."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(products, 256, columns)) @ rng.normal(size=(products, columns, columns)) + 3
+    return (x.swapaxes(1, 2) @ x / 256).astype(np.float32)
+
+
+def output_error(matrix: np.ndarray, moments: np.ndarray, decoded: np.ndarray, size: int) -> float:
+    """Sum of e^T H e over the groups."""
+    total = 0.0
+    rows = len(matrix) // len(moments)
+    for r in range(len(matrix)):
+        for start in range(0, matrix.shape[1], size):
+            part = slice(start, start + size)
+            e = (decoded - matrix)[r, part].astype(np.float64)
+            total += e @ moments[r // rows][part, part] @ e
+    return total
+
+
+@pytest.mark.parametrize("text", ["int3-sym-g8-fp32", "uint3-asym-g8", "int4-sym-channel", "int2-sym-g5"])
+@pytest.mark.parametrize("products", [1, 3])
+def test_moments_lower_the_error_of_the_output_within_groups(text: str, products: int) -> None:
+    rng = np.random.default_rng(0)
+    matrix, spec = rng.normal(size=(12, 24)).astype(np.float32), parse_spec(text)
+    moments = moments_of(24, products)
+    size = spec.granularity.group_size(24)
+    power = np.repeat(np.einsum("pkk->pk", moments), 12 // products, 0)
+    found = [quantize(matrix, spec, "mse", weights).decode() for weights in (moments, power)]
+    errors = [output_error(matrix, moments, decoded, size) for decoded in found]
+    assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("text", ["int3-sym-g8", "uint4-asym-channel"])
+def test_moments_without_products_are_their_diagonal(text: str) -> None:
+    rng = np.random.default_rng(1)
+    matrix, spec = rng.normal(size=(8, 16)).astype(np.float32), parse_spec(text)
+    power = rng.uniform(0.1, 2, 16).astype(np.float32)
+    one, other = quantize(matrix, spec, "mse", np.diag(power)[None]), quantize(matrix, spec, "mse", power)
+    assert np.array_equal(one.codes, other.codes)
+
+
+@pytest.mark.parametrize("text", ["int4-sym-tensor", "int2to4p25-sym-g8", "int4-sym-r4", "int3-sym-g8"])
+def test_where_groups_are_no_parts_of_rows_the_diagonal_counts(text: str) -> None:
+    rng = np.random.default_rng(2)
+    matrix, spec = rng.normal(size=(8, 16)).astype(np.float32), parse_spec(text)
+    moments = moments_of(16)
+    method = "hqq" if text == "int3-sym-g8" else "mse"
+    found = [quantize(matrix, spec, method, w) for w in (moments, np.diagonal(moments[0]))]
+    assert np.array_equal(found[0].codes, found[1].codes)
+
+
+def test_moments_that_do_not_fit_are_refused() -> None:
+    matrix, spec = np.ones((4, 6), np.float32), parse_spec("int4-g3")
+    for wrong in (np.ones((1, 6, 5)), np.ones((3, 6, 6)), -np.eye(6)[None], np.full((1, 6, 6), np.nan)):
+        with pytest.raises(ValueError, match="importance"):
+            quantize(matrix, spec, "mse", wrong)
