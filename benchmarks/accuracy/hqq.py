@@ -8,8 +8,8 @@ Claims, for weights rounded to nearest in asymmetric groups, at equal bytes:
    what the output's error is made of.
 
 Control: a matrix drawn from a uniform distribution, where min-max ends are no outliers: HQQ gains at most 0.1 dB over
-it (of the weights; through a model of random weights the noise of the output says little). Found: this does not hold at 2
-and 3 bits, where half a step cut off both ends of a uniform distribution is a gain of its own, and hardly at 8.
+it (of the weights; through a model of random weights the noise of the output says little). Found: this does not hold
+at 2 and 3 bits, where half a step cut off both ends of a uniform distribution is a gain of its own, and hardly at 8.
 
 No data is used: seeds draw the control, and the arms on real weights are measured once.
 
