@@ -96,7 +96,7 @@ class PCASplit(Pass):
         if self.append and (obstacle := find_obstacle(stream)) is not None:
             take_out(model.ir, products)
             return obstacle
-        found = moments(model, stream)
+        found = _moments(model, stream)
         total = float(np.trace(found))
         if not (np.isfinite(total) and total > 0):
             take_out(model.ir, products)
@@ -124,7 +124,7 @@ def _readers(model: Model, stream: Stream) -> list[Site]:
     return [site for site in find_sites(model.ir) if nodes & set(site.users)]
 
 
-def moments(model: Model, stream: Stream) -> Floats:
+def _moments(model: Model, stream: Stream) -> Floats:
     """float64 [width, width]: mean second moments of all values that are read, each in units of its power."""
     by_values = {site.activations: site for site in _readers(model, stream)}
     total = np.zeros((stream.width, stream.width))
