@@ -67,6 +67,8 @@ class Rewrite:
                 where = f"{node.metadata_props['qcompiler.site']} ({user.op_type} {user.name})"
                 raise BadModel("target cpu has no packed kernel for this weight", where, "keep it in float (--keep)")
         common.InlinePass()(self.model)
+        # Functions that stay (`qcompiler::Hadamard`) hold lists of integers, which TVM's importer does not read.
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(self.model)
         self._large_constants()
         self._read_constants()
         self.model.graph.inputs.extend(self.parameters.values)
