@@ -3,9 +3,9 @@
 Claims, against `gptq` as it is by default (with three sweeps of descent over codes and scales), at equal bytes:
 
 1. with the Hessians of the float model, the same for both, the error of the output is smaller on at least 95 percent of
-   the layers, at 2 bits in groups of 64 and with one scale a row;
+   the layers, at 2 bits in groups of 64 and with one scale a row (first seed);
 2. at 2 bits, the model's output is better, on data that calibration never saw (median above 0.1 dB);
-3. at 3 bits the gain is smaller: recorded, nothing claimed.
+3. at 3 bits the gain is smaller: recorded (first seed), nothing claimed.
 
 Controls: at 8 bits no weight is clipped and few codes can be better, so that 0.3 dB are not gained; and white inputs
 (the Hessian is the identity), where rounding to nearest is the best for given scales: the objective gains at most
@@ -62,6 +62,17 @@ def white(case: Fixture, spec: str) -> dict[str, float]:
     return {name: median(values) for name, values in gains.items()}
 
 
+def compare_layers(claim: Claim, case: Fixture) -> None:
+    """On how many layers the objective is smaller."""
+    for spec in COARSE:
+        plain, turned = (objectives(case, spec, rounding) for rounding in ROUNDINGS)
+        share = float(np.mean([turned[site] < plain[site] for site in plain]))
+        ratio = float(np.exp(np.mean([np.log(turned[site] / plain[site]) for site in plain])))
+        print(f"  {spec}: objective smaller on {share:.0%} of layers, {ratio:.3f} of gptq's", flush=True)
+        claim.record(f"layers, {spec}", "percent smaller", 100 * share)
+        claim.record(f"layers, {spec}", "asked for", 95)
+
+
 def main(assets: Path) -> None:
     for name, blocks in BLOCKS.items():
         claim = Claim(f"decoupleq: codes and scales by turns (decoupleQ), {name}")
@@ -70,15 +81,11 @@ def main(assets: Path) -> None:
             for spec in COARSE:
                 for rounding in ROUNDINGS:
                     claim.record(spec, rounding, arm(case, spec, rounding))
-                plain, turned = (objectives(case, spec, rounding) for rounding in ROUNDINGS)
-                share = float(np.mean([turned[site] < plain[site] for site in plain]))
-                ratio = float(np.exp(np.mean([np.log(turned[site] / plain[site]) for site in plain])))
-                print(f"  {spec}: objective smaller on {share:.0%} of layers, {ratio:.3f} of gptq's", flush=True)
-                claim.record(f"layers, {spec}", "percent smaller", 100 * share)
-                claim.record(f"layers, {spec}", "asked for", 95)
-            for spec in FINER:
-                for rounding in ROUNDINGS:
-                    claim.record(spec, rounding, arm(case, spec, rounding))
+            if seed == SEEDS[0]:
+                compare_layers(claim, case)
+                for spec in FINER:
+                    for rounding in ROUNDINGS:
+                        claim.record(spec, rounding, arm(case, spec, rounding))
         for spec in COARSE:
             claim.better(spec, "decoupleq", "gptq", 0.1)
             claim.better(f"layers, {spec}", "percent smaller", "asked for", -1e-6)
