@@ -18,6 +18,7 @@ from qcompiler.passes.search.stand_in import stand_in
 from qcompiler.passes.search.trials import Trial, interactions, steps_of, timed
 from qcompiler.passes.transform.inputs import require_float
 from qcompiler.pipeline import EXACT, Pass, PassReport
+from qcompiler.plan import Plan
 from qcompiler.progress import Progress, Silent
 
 _MARGIN = 0.99  # of the loss: less is not worth a step
@@ -82,11 +83,7 @@ class ChooseTransforms(Pass):
         """Try, choose, apply."""
         trials = self._trials(model, progress) if self.among else [Trial((), nan, 0.0)]
         best = _fewest(trials)
-        steps = steps_of(self, self.among)
-        reports: list[PassReport] = []
-        for text in best.steps:
-            steps[text].requires(model)
-            reports.append(steps[text].run(model, progress))
+        reports = self._transformed(model, best.steps, progress)
         told = " + ".join(best.steps) or "none"
         progress.note(f"choose-transforms: {told} ({len(trials)} trials)")
         metrics = {name: value for report in reports for name, value in report.metrics.items()}
@@ -115,6 +112,20 @@ class ChooseTransforms(Pass):
             wanted = [steps for steps in dict.fromkeys(toggled) if steps not in done]
         return list(done.values())
 
+    def _transformed(self, model: Model, steps: _Steps, progress: Progress) -> list[PassReport]:
+        """Apply steps; those that ask for formats are told those of the stand-in."""
+        before, reports = model.plan, list[PassReport]()
+        for item in steps_of(self, steps).values():
+            model.plan = self._stand_in(model)
+            item.requires(model)
+            reports.append(item.run(model, progress))
+        model.plan = before
+        return reports
+
+    def _stand_in(self, model: Model) -> Plan:
+        budgets = [parse_budget(text) for text in self.budget]
+        return stand_in(model, budgets, self.target, self.activations, self.keep)  # type: ignore[arg-type]
+
     def _ordered(self, steps: Sequence[str] | set[str]) -> _Steps:
         return tuple(text for text in self.among if text in steps)
 
@@ -122,13 +133,10 @@ class ChooseTransforms(Pass):
         def run() -> float:
             work = model.clone()
             work.calibration = judge.fit
-            passes = steps_of(self, (*steps, self.rounding, "activation-ranges"))
-            for text in steps:
-                passes[text].requires(work)
-                passes[text].run(work, Silent())
-                spill(work, model)
-            budgets = [parse_budget(text) for text in self.budget]
-            work.plan = stand_in(work, budgets, self.target, self.activations, self.keep)  # type: ignore[arg-type]
+            self._transformed(work, steps, Silent())
+            spill(work, model)
+            work.plan = self._stand_in(work)
+            passes = steps_of(self, (self.rounding, "activation-ranges"))
             passes[self.rounding].run(work, Silent())
             if any(plan.activation == "static" for plan in work.plan.sites.values()):
                 passes["activation-ranges"].run(work, Silent())

@@ -137,7 +137,7 @@ def test_transforms_are_chosen_by_the_rounded_loss() -> None:
     model = loud_llama()
     before = outputs(model)
     chooser = ChooseTransforms(
-        among=("scale-fold", "smooth", "rotate"), rounding="nearest", budget=("4bits",), pairs=True
+        among=("scale-fold", "smooth", "awq", "rotate"), rounding="nearest", budget=("4bits",), pairs=True
     )
     report = chooser.run(model, Silent())
     rows = report.metrics["trials"]
