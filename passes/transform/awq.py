@@ -9,7 +9,7 @@ from qcompiler.errors import Refusal
 from qcompiler.graph.folds import Fold
 from qcompiler.measure.statistics import channel_statistics
 from qcompiler.model import Model
-from qcompiler.passes.transform.columns import Doubles, stored_only
+from qcompiler.passes.transform.columns import Doubles, fold_all, stored_only
 from qcompiler.passes.transform.inputs import (
     enough_samples,
     find_folds,
@@ -70,8 +70,10 @@ class AWQ(Pass):
             numbers, strength, error = found
             chosen.append((fold, numbers))
             metrics[name] = [strength, error]
-        for fold, numbers in chosen:
-            fold.scale(numbers)
+        failed = fold_all(chosen)
         return PassReport(
-            self.registered_name(), len(chosen), tuple(refused), {"strength_and_error": metrics} if metrics else {}
+            self.registered_name(),
+            len(chosen) - len(failed),
+            (*refused, *failed),
+            {"strength_and_error": metrics} if metrics else {},
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.errors import PassRefused, Refusal
 from qcompiler.formats import PerTensor, QuantSpec
 from qcompiler.formats.base import Floats
 from qcompiler.formats.varied import Undo
@@ -103,3 +104,14 @@ def centred(fold: Fold, reach: Doubles, strength: float) -> Doubles:
     if alive.any():
         raw = np.where(alive, raw / np.sqrt(raw[alive].max() * raw[alive].min()), 1.0)
     return fold.tied(raw)
+
+
+def fold_all(chosen: Iterable[tuple[Fold, Doubles]]) -> list[Refusal]:
+    """Absorb scales; those under which a weight overflows its element type are refused, and change nothing."""
+    refused: list[Refusal] = []
+    for fold, numbers in chosen:
+        try:
+            fold.scale(numbers)
+        except PassRefused as error:
+            refused.append(Refusal(fold.value.name or "?", f"{error.what} ('{error.where}')"))
+    return refused

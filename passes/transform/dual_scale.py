@@ -13,7 +13,7 @@ from qcompiler.errors import BadOption, Refusal
 from qcompiler.formats.base import Floats
 from qcompiler.graph.folds import Fold
 from qcompiler.model import Model
-from qcompiler.passes.transform.columns import Columns, Doubles, factors_of, stored_only
+from qcompiler.passes.transform.columns import Columns, Doubles, factors_of, fold_all, stored_only
 from qcompiler.passes.transform.inputs import find_folds, layer_inputs, require_float, weight_specs
 from qcompiler.passes.transform.output_error import Importance, OutputError, judged
 from qcompiler.pipeline import EXACT, Pass, PassReport, check_numbers
@@ -78,10 +78,12 @@ class DualScale(Pass):
                 continue
             chosen.append((fold, found[0]))
             errors[name] = found[1]
-        for fold, numbers in chosen:
-            fold.scale(numbers)
+        failed = fold_all(chosen)
         return PassReport(
-            self.registered_name(), len(chosen), tuple(refused), {"relative_error": errors} if errors else {}
+            self.registered_name(),
+            len(chosen) - len(failed),
+            (*refused, *failed),
+            {"relative_error": errors} if errors else {},
         )
 
 

@@ -19,7 +19,7 @@ from qcompiler.model import Model
 from qcompiler.passes.plan.uniform import Uniform
 from qcompiler.passes.round.nearest import Nearest
 from qcompiler.passes.transform.awq import AWQ
-from qcompiler.passes.transform.columns import Columns, centred, readers_of
+from qcompiler.passes.transform.columns import Columns, centred, fold_all, readers_of
 from qcompiler.passes.transform.dual_scale import DualScale
 from qcompiler.passes.transform.inputs import find_folds, layer_inputs
 from qcompiler.passes.transform.output_error import judged
@@ -252,3 +252,17 @@ def test_effects_on_columns_are_what_the_fold_does() -> None:
     for site in find_sites(model.ir):
         if site.name in expected:
             assert np.allclose(site.matrix(), expected[site.name], rtol=1e-6)
+
+
+def test_scales_under_which_a_weight_overflows_are_refused_and_the_others_folded() -> None:
+    model = model_of("opt")
+    folds, _ = find_folds(model, layer_inputs(model), lambda _: None)
+    first, second = folds[:2]
+    before = {site.name: site.matrix() for site in find_sites(model.ir)}
+    refused = fold_all([(first, np.full(first.size, 1e39)), (second, np.full(second.size, 2.0))])
+    assert [refusal.where for refusal in refused] == [first.value.name]
+    assert "overflows" in refused[0].reason
+    changed = {site.name for site in find_sites(model.ir) if not np.array_equal(site.matrix(), before[site.name])}
+    assert changed == {site.name for site in readers_of(second, find_sites(model.ir))} | {
+        site.name for site in find_sites(model.ir) if any(e.constant.value is site.weight for e in second.writers)
+    }
