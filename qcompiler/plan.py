@@ -49,8 +49,8 @@ class SitePlan:
 
     @property
     def activation_text(self) -> str:
-        """The activation in a word, with its width where that isn't 8: "float", "static", "dynamic", "dynamic4"."""
-        return self.activation if self.activation_bits == 8 else f"{self.activation}{self.activation_bits}"
+        """The activation in words, with its width where that isn't 8: "float", "static", "dynamic", "dynamic 4-bit"."""
+        return self.activation if self.activation_bits == 8 else f"{self.activation} {self.activation_bits}-bit"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of strings and numbers, without what has its usual value."""

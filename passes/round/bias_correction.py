@@ -9,7 +9,7 @@ behind it, and a channel that it would not help is left alone.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -27,7 +27,7 @@ from qcompiler.passes.lower.bias import append_add, has_bias, shaped
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.round.quantized_values import bounds_of, follower
 from qcompiler.passes.round.rows import block_count
-from qcompiler.passes.round.streams import calibration_feeds
+from qcompiler.passes.round.streams import calibration_feeds, narrow_rows
 from qcompiler.pipeline import Pass, PassReport, Refusal
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress, Silent
@@ -38,7 +38,7 @@ _POSITIONS = 512  # of each sample that a mean is taken over
 
 @dataclass(frozen=True)
 class BiasCorrection(Pass):
-    """Fill `model.bias_shift` for the rounded sites; the ranges of static activations are simulated too.
+    """Fill `model.bias_shift` for the rounded sites; static ranges and narrow rows are simulated too.
 
     Attributes:
         samples: of the calibration data, at most.
@@ -105,7 +105,8 @@ def _simulation(model: Model, sites: list[Site]) -> Model:
     own = {site.name: site for site in find_sites(copy.ir)}
     for site in (own[s.name] for s in sites):
         _append_shift(copy.graph, site)
-    copy.plan, copy.weights, copy.bias_shift = Plan(), {}, {}
+    rows = {name: replace(entry, weight=None) for name, entry in narrow_rows(model.plan).items()}
+    copy.plan, copy.weights, copy.bias_shift = Plan(rows), {}, {}
     InsertQDQ().run(copy, Silent())
     return copy
 

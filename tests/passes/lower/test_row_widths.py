@@ -148,7 +148,7 @@ def test_plans_keep_their_width_and_old_ones_are_read() -> None:
     old = {"weight": "int4-sym-channel-fp16", "activation": "dynamic"}
     assert SitePlan.from_json(old) == SitePlan(parse_spec("int4"), "dynamic")
     assert SitePlan.from_json(old).to_json() == old
-    assert (plan.activation_text, SitePlan.from_json(old).activation_text) == ("dynamic4", "dynamic")
+    assert (plan.activation_text, SitePlan.from_json(old).activation_text) == ("dynamic 4-bit", "dynamic")
 
 
 @pytest.mark.parametrize(

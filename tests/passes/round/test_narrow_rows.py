@@ -6,18 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.round.adaquant import AdaQuant
+from qcompiler.passes.round.bias_correction import BiasCorrection
 from qcompiler.passes.round.gptq import GPTQ
 from qcompiler.passes.round.nearest import Nearest
 from qcompiler.passes.round.streams import Streams, calibration_feeds
 from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Silent
-from tests.passes.round.small_models import mlp, planned
+from tests.passes.round.small_models import build, mlp, planned
 
 SPEC = "int4-sym-channel-fp32"
 
@@ -114,3 +116,18 @@ def test_reconstruction_learns_with_rounded_rows() -> None:
     before = error(model)
     AdaQuant(steps=60).run(model, Silent())
     assert error(model) < before
+
+
+def test_bias_correction_gives_back_what_clipped_rows_take() -> None:
+    """Rows of one large number and many middling ones, which clipping makes smaller: the mean of the output moves."""
+    rng = np.random.default_rng(0)
+    x = np.abs(rng.standard_normal((64, 3, 24))).astype(np.float32) + 1
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], name="fc"), helper.make_node("Add", ["h", "b"], ["y"])]
+    weights = {"w": np.abs(rng.standard_normal((24, 8))).astype(np.float32), "b": np.zeros(8, np.float32)}
+    model = planned(build(nodes, weights, {"x": ["batch", 3, 24]}, ["y"], {"x": x}), "int8-sym-channel-fp32", "dynamic")
+    plans = {n: replace(p, activation_bits=4, activation_clip=0.5) for n, p in model.plan.sites.items()}
+    model.plan = Plan(plans)
+    Nearest().run(model, Silent())
+    before = error(model)
+    BiasCorrection().run(model, Silent())
+    assert error(model) < 0.3 * before
