@@ -96,9 +96,14 @@ def _matrix(width: int, seed: int, block: int, heads: int | None) -> Kronecker |
         return Kronecker((1, heads, width // heads), _signed(heads, seed), None)
     if block and width % block:
         return Refusal(f"{width} channels", f"they are not made of Hadamard blocks of {block}")
-    a, b = factors(block or width)
-    sizes = (width // (a * b), a, b)
-    return Kronecker(sizes, _signed(a, seed) if a > 1 else None, _signed(b, seed + 1) if b > 1 else None)
+    size = block or width
+    return kronecker(size, seed, width // size)
+
+
+def kronecker(width: int, seed: int, blocks: int = 1) -> Kronecker:
+    """A random even matrix of two factors; the same for every one of the blocks that lie side by side."""
+    a, b = factors(width)
+    return Kronecker((blocks, a, b), _signed(a, seed) if a > 1 else None, _signed(b, seed + 1) if b > 1 else None)
 
 
 def _signed(order: int, seed: int) -> Floats:

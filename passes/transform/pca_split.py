@@ -19,7 +19,7 @@ from qcompiler.model import Model
 from qcompiler.passes.transform.hadamard import largest_block, rotation
 from qcompiler.passes.transform.inputs import enough_samples, require_float
 from qcompiler.passes.transform.panel_cutting import by_value, cut_alike, uncut
-from qcompiler.passes.transform.rotate import take_out, without_gains
+from qcompiler.passes.transform.ready_streams import take_out, without_gains
 from qcompiler.pipeline import EXACT, Pass, PassReport
 from qcompiler.progress import Progress
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +15,8 @@ from qcompiler.model import Model
 from qcompiler.passes.transform.hadamard import largest_block, rotation
 from qcompiler.passes.transform.inner_rotation import turn_heads, turn_online
 from qcompiler.passes.transform.inputs import require_float
+from qcompiler.passes.transform.key_rotation import turn_keys
+from qcompiler.passes.transform.ready_streams import without_gains
 from qcompiler.pipeline import EXACT, Pass, PassReport
 from qcompiler.progress import Progress
 
@@ -41,6 +42,7 @@ class Rotate(Pass):
         seed: of the signs.
         heads: turn values within heads too (R2).
         online: turn by explicit products what no folded matrix reaches (R4), and across heads.
+        keys: turn queries and keys before their product (R3); of use where keys are kept in few bits.
     """
 
     contract: ClassVar[Literal["exact", "lossy"]] = EXACT
@@ -48,6 +50,7 @@ class Rotate(Pass):
     seed: int = 0
     heads: bool = False
     online: bool = False
+    keys: bool = False
 
     def requires(self, model: Model) -> None:
         """Float weights, no plan yet."""
@@ -68,9 +71,11 @@ class Rotate(Pass):
                 refused.append(reason)
         heads, counts = turn_heads(model.ir, self.seed, done) if self.heads else ({}, {})
         online, kept = turn_online(model.ir, self.seed, self.block, done, counts) if self.online else ({}, [])
-        metrics = {name: facts for name, facts in (("streams", turned), ("heads", heads), ("online", online)) if facts}
-        changed = len(turned) + len(heads) + len(online)
-        return PassReport(self.registered_name(), changed, (*refused, *kept), metrics)
+        keys, left = turn_keys(model.ir, self.seed) if self.keys else ({}, [])
+        found = {"streams": turned, "heads": heads, "online": online, "keys": keys}
+        metrics = {name: facts for name, facts in found.items() if facts}
+        changed = sum(len(facts) for facts in metrics.values())
+        return PassReport(self.registered_name(), changed, (*refused, *kept, *left), metrics)
 
     def _turn(
         self, model: ir.Model, value: ir.Value, number: int, turned: dict[str, Any], done: set[ir.Value]
@@ -96,71 +101,6 @@ class Rotate(Pass):
             "peak after": _peak(stream),
         }
         return None
-
-
-def without_gains(model: ir.Model, stream: Stream) -> tuple[Stream, list[ir.Node]] | Refusal:
-    """Make a stream ready to be turned.
-
-    Args:
-        model: whose graph is changed; not if there is a refusal.
-        stream: of that graph.
-
-    Returns:
-        The stream with the gains of its norms folded, and the products that were inserted so that tied tables stay as
-        they are (they turn in their place); or why a gain cannot move.
-    """
-    products = _set_free(model, stream)
-    # The first product is behind a table, so that the stream begins there now.
-    found = find_stream(model, products[0].outputs[0]) if products else stream
-    stuck = [found] if isinstance(found, Refusal) else found.fold_gains()
-    if stuck or isinstance(found, Refusal):
-        take_out(model, products)
-        return stuck[0]
-    return found, products
-
-
-def _set_free(model: ir.Model, stream: Stream) -> list[ir.Node]:
-    """Put products with the identity where a constant both writes and reads the stream and a gain is in the way."""
-    if not stream.gains:
-        return []
-    tied = {turn.constant.value for turn in stream.writers} & {turn.constant.value for turn in stream.readers}
-    made: list[ir.Node] = []
-    for turn in stream.writers:
-        if turn.constant.value in tied:
-            made.append(_put_in(model, turn.node.outputs[0], None, stream.width))
-    for turn in stream.readers:
-        data = turn.node.inputs[0]
-        if turn.constant.value in tied and data is not None:
-            made.append(_put_in(model, data, turn.node, stream.width))
-    return made
-
-
-def _put_in(model: ir.Model, value: ir.Value, reader: ir.Node | None, width: int) -> ir.Node:
-    """Multiply a value by the identity: for one reader, or for all."""
-    name = f"{value.name}_turn"
-    matrix = ir.val(name, const_value=ir.tensor(np.eye(width, dtype=np.float32), name=name))
-    model.graph.register_initializer(matrix)
-    users, producer = list(value.uses()), value.producer()
-    node = ir.node("MatMul", [value, matrix], name=f"{name}_product")
-    out = node.outputs[0]
-    out.name, out.shape, out.type = f"{name}_out", value.shape, value.type
-    assert producer is not None  # it belongs to a stream
-    for user, index in users:
-        if reader is None or user is reader:
-            user.replace_input_with(index, out)
-    model.graph.insert_after(producer, node)
-    return node
-
-
-def take_out(model: ir.Model, products: Sequence[ir.Node]) -> None:
-    """Remove the products that `without_gains` has inserted, before anything was turned."""
-    for node in products:
-        value, matrix = node.inputs
-        for user, index in list(node.outputs[0].uses()):
-            user.replace_input_with(index, value)
-        model.graph.remove(node, safe=True)
-        assert matrix is not None
-        del model.graph.initializers[matrix.name or ""]
 
 
 def _peak(stream: Stream) -> float:

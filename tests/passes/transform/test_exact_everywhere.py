@@ -30,7 +30,7 @@ SETTINGS: Mapping[str, tuple[Mapping[str, object], ...]] = {
     "join-panels": ({},),
     "lorc": ({"rank": 2},),
     "pca-split": ({},),
-    "rotate": ({"heads": True}, {"block": 4}, {"heads": True, "online": True}),
+    "rotate": ({"heads": True}, {"block": 4}, {"heads": True, "online": True, "keys": True}),
     "scale-fold": ({},),
     "smooth": ({}, {"sites": "all", "percentile": 99.0}),
     "smooth-attention": ({},),

@@ -18,6 +18,7 @@ from qcompiler.passes.transform.hadamard import factors, hadamard, largest_block
 from qcompiler.passes.transform.rotate import Rotate
 from qcompiler.pipeline import PassReport, Pipeline
 from qcompiler.plan import SitePlan
+from qcompiler.progress import Silent
 from tests.graph.architectures import ARCHITECTURES, HEAD, HEADS, LAYERS, WIDTH, Net, feeds_for, inject_outliers
 
 
@@ -225,6 +226,54 @@ def test_online_matrices_survive_lowering_and_the_differentiable_twin() -> None:
     assert 0 < np.abs(lowered - wanted).max() / np.abs(wanted).max() < 0.1
     rows = [node for node in model.graph if node.op_type == "QuantizeRows"]
     assert sum(node.inputs[0].producer().op_type.startswith("Hadamard") for node in rows) == 2 * LAYERS  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "llama-fused", "packed", "merged", "vit"])
+def test_queries_and_keys_turn_together(name: str) -> None:
+    model = model_of(ARCHITECTURES[name]())
+    report = run(model, Rotate(keys=True))
+    assert [facts["width"] for facts in report.metrics["keys"].values()] == [HEAD] * LAYERS
+    assert sum(node.op_type.startswith("Hadamard") for node in model.graph) == 2 * LAYERS
+
+
+def test_keys_in_a_cache_that_others_see_stay() -> None:
+    net = Net(opset=23)
+    parts = [net.input(part, ["batch", HEADS, 5, HEAD]) for part in "qkv"]
+    past = [net.input(part, ["batch", HEADS, 3, HEAD]) for part in ("past_key", "past_value")]
+    y, key, value = net.op("Attention", *parts, None, *past, outputs=3)
+    model = net.model(y, key, value)
+    report = Rotate(keys=True).run(Model(model), Silent())
+    assert "a cache holds keys" in report.refused[0].reason
+    assert report.changed == 0
+
+
+def test_keys_that_others_read_transposed_stay() -> None:
+    net = Net()
+    q, k = net.input("q", ["batch", 5, HEAD]), net.input("k", ["batch", 5, HEAD])
+    across = net.op("Transpose", k, perm=[0, 2, 1])
+    model = net.model(net.op("MatMul", q, across), net.op("Relu", across))
+    assert Rotate(keys=True).run(Model(model), Silent()).changed == 0
+
+
+def test_a_weight_that_would_overflow_stays_and_says_so() -> None:
+    net = Net()
+    table = net.const(np.full((40, 8), 60000, np.float16))
+    x = net.op("Gather", table, net.input("ids", ["batch", 5], ir.DataType.INT64))
+    x = net.op("Add", x, net.op("MatMul", x, net.const(net.rng.normal(size=(8, 8)).astype(np.float16))))
+    graph = net.model(net.op("MatMul", x, net.const(np.ones((8, 3), np.float16))))
+    before = table.const_value
+    with pytest.raises(PassRefused, match="overflows"):
+        Rotate().run(Model(graph), Silent())
+    assert table.const_value is before
+
+
+def test_channels_that_are_dead_are_no_trouble() -> None:
+    graph = ARCHITECTURES["llama"]()
+    for site in find_sites(graph):
+        array = site.weight.const_value.numpy().copy()  # type: ignore[union-attr]
+        array[..., :3] = 0
+        site.weight.const_value = ir.tensor(array, name=site.weight.name)
+    assert run(model_of(graph), Rotate(heads=True, online=True)).changed == 7
 
 
 def test_after_rounding_it_is_too_late() -> None:
