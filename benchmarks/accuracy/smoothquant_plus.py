@@ -18,7 +18,7 @@ from qcompiler.passes.transform.smooth_plus import SmoothPlus
 from qcompiler.pipeline import Pass, Pipeline
 
 SPEC = "int4-sym-g64"
-SEARCH = SmoothPlus(loss="squared", samples=4)
+SEARCH = SmoothPlus(loss="squared", samples=2)
 
 
 def rounded(model: Fixture, *transforms: Pass) -> Measured:
