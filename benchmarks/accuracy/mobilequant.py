@@ -1,9 +1,12 @@
 """MobileQuant's acceptance test (systems.md, row 6), W8A8 and W4A8 with static activations, one grid a tensor.
 
 Claim: scales, clipping and ranges learned end to end are better than SmoothQuant with min-max ranges, and that is
-better than min-max alone, at equal stored bytes. The cause is outlier channels. Control: the same graph with its
-residual stream turned by a random Hadamard matrix (the same function), which shares the outliers out; what learning
-gains over min-max there must be small.
+better than min-max alone, at equal stored bytes. Learning starts from SmoothQuant's scales for weights of 8 bits (as in
+the paper), from 1 for 4 bits. The cause is outlier channels. Control: all weights Gaussian of the same size and all
+gains 1, so that no channel stands out; what learning gains over min-max there must be small.
+
+(A control that shares the residual stream's outliers out by a rotation was tried first and is none: the products behind
+gates keep theirs, and learning gained as much as before: 23.6, 27.2, 30.7 dB for one seed at W8A8.)
 
     nice -n 5 python benchmarks/accuracy/mobilequant.py --assets ~/.cache/qc-assets
 """
@@ -12,44 +15,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import onnx_ir as ir
 from harness import SEEDS, Claim, Fixture, assets_folder, fixture, measure
 
+from qcompiler.graph.sites import find_sites
 from qcompiler.model import Model
 from qcompiler.passes.plan.uniform import Uniform
 from qcompiler.passes.round.activation_ranges import ActivationRanges
 from qcompiler.passes.round.nearest import Nearest
 from qcompiler.passes.transform.mobilequant import MobileQuant
-from qcompiler.passes.transform.rotate import Rotate
 from qcompiler.passes.transform.smooth import Smooth
 from qcompiler.pipeline import Pass
-from qcompiler.progress import Silent
 
 FORMATS = {"W8A8": "int8-sym-channel-fp32", "W4A8": "int4-sym-channel-fp32"}
 CASES = (("smollm2_135m", 1), ("minilm_l6_v2", None))
 CONTROL = 1.0  # dB
 
 
-def arms(spec: str) -> dict[str, Sequence[Pass]]:
+def arms(form: str) -> dict[str, Sequence[Pass]]:
     """The pipelines that are compared; tables of embeddings stay float."""
-    plan = Uniform(spec, "static", embeddings="float")
+    plan = Uniform(FORMATS[form], "static", embeddings="float")
     after = [Nearest(), ActivationRanges("minmax")]
     smooth = Smooth(sites="all")
     return {
         "min-max": [plan, *after],
         "SmoothQuant": [smooth, plan, *after],
-        "learned": [smooth, plan, MobileQuant(epochs=4, squared=True, codes=True)],
+        "learned": [*([smooth] if form == "W8A8" else []), plan, MobileQuant(epochs=4, squared=True, codes=True)],
     }
 
 
-def run(claim: Claim, case: str, model: Fixture, spec: str) -> None:
+def run(claim: Claim, case: str, model: Fixture, form: str) -> None:
     """All arms for one seed."""
-    for arm, passes in arms(spec).items():
-        claim.record(case, arm, measure(model, passes))
+    for arm, passes in arms(form).items():
+        claim.record(f"{case} {form}", arm, measure(model, passes))
 
 
 def without_outliers(model: Model) -> None:
-    """Share the outliers of the residual stream out among all channels."""
-    assert Rotate().run(model, Silent()).changed
+    """Gaussian weights, and gains of 1 (all vectors that are as long as the residual stream is wide)."""
+    rng = np.random.default_rng(0)
+    width = model.graph.outputs[0].shape[-1]  # type: ignore[index]
+    for site in find_sites(model.ir):
+        matrix = site.matrix()
+        array = site.from_matrix(rng.standard_normal(matrix.shape, np.float32) * matrix.std())
+        site.weight.const_value = ir.tensor(array, name=site.weight.name)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and tuple(value.const_value.shape) == (width,):
+            value.const_value = ir.tensor(np.ones(int(width), np.float32), name=value.name)
 
 
 def main() -> None:
@@ -59,17 +71,17 @@ def main() -> None:
     for name, blocks in CASES:
         for seed in SEEDS:
             model = fixture(assets, name, blocks, seed=seed)
-            for form, spec in FORMATS.items():
-                run(claim, f"{name} {form}", model, spec)
-                if blocks is not None and form == "W8A8":
-                    run(claim, f"{name} {form}, rotated", model.changed(without_outliers), spec)
+            for form in FORMATS:
+                run(claim, name, model, form)
+            if blocks is not None:
+                run(claim, f"{name}, Gaussian", model.changed(without_outliers), "W8A8")
     for name, blocks in CASES:
         for form in FORMATS:
             claim.better(f"{name} {form}", "learned", "SmoothQuant")
             claim.better(f"{name} {form}", "SmoothQuant", "min-max")
             claim.better(f"{name} {form}", "learned", "min-max")
         if blocks is not None:
-            claim.vanishes(f"{name} W8A8, rotated", "learned", "min-max", CONTROL)
+            claim.vanishes(f"{name}, Gaussian W8A8", "learned", "min-max", CONTROL)
     claim.show()
 
 

@@ -19,8 +19,10 @@ from qcompiler.progress import Progress
 class SpinQuant(Learning):
     """Turn every residual stream by a random Hadamard matrix and then by one that is learned, both folded (R1).
 
-    Descent runs on the orthogonal matrices; the twin rounds weights and activations as the plan says, and what it gives
-    is compared with the float model's outputs. If samples held back don't come closer, the Hadamard matrix stays.
+    Descent runs on the orthogonal matrices; the twin rounds activations as the plan says, and what it gives is compared
+    with the float model's outputs. Weights stay float meanwhile, as in the paper: they are rounded afterwards, and
+    nearest codes jump about so much that matrices learned with them are no better. They are rounded in the twin where
+    the plan rounds nothing else. If samples held back don't come closer, the Hadamard matrix stays.
 
     Where a table is tied to the output layer, products have to be inserted before the plan: run `rotate` first, and
     this with `start = "present"`.
@@ -33,7 +35,7 @@ class SpinQuant(Learning):
     """
 
     rates: ClassVar[tuple[str, ...]] = ("rate",)
-    rate: float = 0.02
+    rate: float = 0.1
     start: str = "hadamard"
 
     def requires(self, model: Model) -> None:
@@ -52,7 +54,9 @@ class SpinQuant(Learning):
         if not streams:
             return PassReport(self.registered_name(), 0, tuple(refused))
         turns, targets = LearnedTurns(streams), static_targets(model)
-        twin = TransformedTwin(model, turns, targets, value_ends(model, targets, turns.shape))
+        only_weights = all(plan.activation == "float" for plan in model.plan.sites.values())
+        ends = value_ends(model, targets, turns.shape)
+        twin = TransformedTwin(model, turns, targets, ends, round_weights=only_weights)
         losses = self.learn(
             model, twin, {"turn": self.rate}, progress, make=lambda groups: CayleySGD(groups, turns.keeping_the_mean())
         )

@@ -80,6 +80,7 @@ class TransformedTwin(LearningTwin):
         transform: what is learned.
         targets: the values that get a static grid.
         ends: of these, as `LearnedTransform.grid` wants them.
+        round_weights: or leave them float, and round activations only.
 
     Attributes:
         weights: by site. grids: by activation value.
@@ -88,7 +89,15 @@ class TransformedTwin(LearningTwin):
         MissingExtra, BadModel: as `fx_twin`.
     """
 
-    def __init__(self, model: Model, transform: LearnedTransform, targets: Sequence[Target], ends: Ends) -> None:
+    def __init__(
+        self,
+        model: Model,
+        transform: LearnedTransform,
+        targets: Sequence[Target],
+        ends: Ends,
+        *,
+        round_weights: bool = True,
+    ) -> None:
         plans = model.plan.sites
         super().__init__(model, narrow=all(plan.activation == "float" for plan in plans.values()))
         self._transform = transform
@@ -97,7 +106,7 @@ class TransformedTwin(LearningTwin):
         sites = [site for site in find_sites(model.ir) if site.name in plans]
         self.weights: dict[str, RoundedWeight] = {}
         for site in sites:
-            spec, name = plans[site.name].weight, str(site.weight.name)
+            spec, name = plans[site.name].weight if round_weights else None, str(site.weight.name)
             if spec is not None and site.activation is None and (name, None) not in self._leaves:
                 tensor = torch.from_numpy(site.from_matrix(quantize(site.matrix(), spec).decode()))
                 self.change(name, lambda _start, tensor=tensor: tensor)
