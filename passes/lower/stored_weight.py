@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import PassRefused
-from qcompiler.formats import Format, Int, PerChannel, PerRowGroup, PerTensor, Progressive, Promoted, QTensor, UInt
+from qcompiler.formats import Format, Int, PerChannel, PerTensor, Progressive, Promoted, QTensor, UInt
 from qcompiler.formats.packing import pack, pack_plane
 from qcompiler.formats.progressive import split_scales
 from qcompiler.formats.promoted import split_zero
@@ -22,6 +22,7 @@ from qcompiler.graph import functions
 from qcompiler.graph.codes import row_groups_refusal
 from qcompiler.graph.merged import MERGE, split_groups
 from qcompiler.graph.sites import Site
+from qcompiler.passes.lower.arrangement import Arrangement, needs_matrix
 
 _STORAGE = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -96,8 +97,8 @@ def store(site: Site, tensor: QTensor, opset: int) -> StoredWeight:
     if refusal is not None:
         raise PassRefused(refusal, site.name, "use groups of columns: g32 in place of r32")
     out, spec = StoredWeight(site, opset), tensor.spec
-    as_matrix = _needs_matrix(site, tensor)
-    arrange = _Arrangement(site, as_matrix)
+    as_matrix = needs_matrix(site, tensor)
+    arrange = Arrangement(site, as_matrix)
     codes = _merged(out, arrange, tensor) if isinstance(spec.format, Promoted) else _plain(out, arrange, tensor)
     inputs = [codes, _scales(out, arrange, tensor)]
     if isinstance(spec.format, Promoted) and not spec.symmetric:
@@ -160,73 +161,7 @@ def _settled(site: Site, tensor: QTensor, fmt: Promoted) -> Promoted | Int:
     return fmt
 
 
-def _needs_matrix(site: Site, tensor: QTensor) -> bool:
-    """Whether DequantizeLinear cannot express the scales in the tensor's own layout."""
-    if site.layout == "conv-transpose" and site.groups > 1:
-        return True
-    if not _is_blocked(tensor):
-        return False
-    return site.layout in ("conv", "conv-transpose") or (site.layout == "rows-first" and len(site.shape) != 2)
-
-
-def _is_blocked(tensor: QTensor) -> bool:
-    """Whether there is more than one scale a row, or one for several rows of each column."""
-    return tensor.scale.shape[1] > 1 or isinstance(tensor.spec.granularity, PerRowGroup)
-
-
-@dataclass(frozen=True)
-class _Arrangement:
-    """How [rows, columns] becomes the stored tensor."""
-
-    site: Site
-    as_matrix: bool
-
-    @property
-    def batched(self) -> bool:
-        return self.site.layout == "columns-first" and len(self.site.shape) > 2
-
-    def codes(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return matrix if self.as_matrix else self.site.from_matrix(matrix)
-
-    def turn(self, stored: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What a matrix (of codes, of zero points) is reshaped to, and how that is transposed, to become `stored`."""
-        order = list(range(len(stored)))
-        if not self.as_matrix and self.site.layout == "columns-first" and len(stored) > 1:
-            order[-2:] = order[:-3:-1]
-        elif not self.as_matrix and self.site.layout == "conv-transpose" and len(stored) > 1:
-            order[:2] = 1, 0
-        return tuple(stored[axis] for axis in order), tuple(order)
-
-    def per_group(self, tensor: QTensor, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Scales or zero points: scalar, [channels], or blocked with the rank of the stored codes."""
-        if isinstance(tensor.spec.granularity, PerTensor):
-            return values.reshape(())
-        if not _is_blocked(tensor) and not self.batched:
-            return values.reshape(-1)
-        if self.site.layout != "columns-first":
-            return values
-        by_row = values.reshape(*self.site.shape[:-2], -1, values.shape[1])
-        return np.ascontiguousarray(np.swapaxes(by_row, -1, -2))
-
-    def attributes(self, tensor: QTensor) -> dict[str, int]:
-        """Axis and block_size of DequantizeLinear."""
-        if isinstance(tensor.spec.granularity, PerTensor):
-            return {}
-        blocked = _is_blocked(tensor) or self.batched
-        by_rows = isinstance(tensor.spec.granularity, PerRowGroup)
-        if self.site.layout == "columns-first":
-            last = len(self.site.shape) - 1
-            axis = last - 1 if blocked and not by_rows else last
-        elif self.site.layout == "conv-transpose" and not self.as_matrix:
-            axis = 1
-        else:
-            axis = 1 if blocked and not by_rows else 0
-        granularity, (rows, columns) = tensor.spec.granularity, tensor.shape
-        size = granularity.group_rows(rows) if by_rows else granularity.group_size(columns)
-        return {"axis": axis, "block_size": size} if blocked else {"axis": axis}
-
-
-def _plain(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
+def _plain(out: StoredWeight, arrange: Arrangement, tensor: QTensor) -> ir.Value:
     """Codes of one width in their place."""
     return out.integers(arrange.codes(tensor.codes), _grid(tensor.spec.format), "codes")
 
@@ -239,7 +174,7 @@ def _grid(fmt: Format) -> Int | UInt:
     return fmt
 
 
-def _scales(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
+def _scales(out: StoredWeight, arrange: Arrangement, tensor: QTensor) -> ir.Value:
     """Scales as float32; of two levels they are multiplied, which float32 does without rounding."""
     spec, dtype = tensor.spec, _STORAGE.get(tensor.spec.scale_dtype, np.float32)
     if not isinstance(spec.format, Progressive):
@@ -250,7 +185,7 @@ def _scales(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Val
     return out.apply("Mul", [row, group], "scales", ir.DataType.FLOAT, inner.shape)
 
 
-def _merged(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
+def _merged(out: StoredWeight, arrange: Arrangement, tensor: QTensor) -> ir.Value:
     """Codes of two widths, apart, and the function that puts them in their place."""
     fmt = tensor.spec.format
     assert isinstance(fmt, Promoted)
@@ -268,7 +203,7 @@ def _merged(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Val
     )
 
 
-def _merged_zeros(out: StoredWeight, arrange: _Arrangement, tensor: QTensor) -> ir.Value:
+def _merged_zeros(out: StoredWeight, arrange: Arrangement, tensor: QTensor) -> ir.Value:
     """Zero points of two widths in their place: one a group, told apart by the flags that `_merged` has stored."""
     fmt = tensor.spec.format
     assert isinstance(fmt, Promoted)
