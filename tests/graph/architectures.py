@@ -134,17 +134,20 @@ def _tokens(net: Net, scale: bool = False) -> tuple[ir.Value, ir.Value]:
     return table, net.op("Mul", x, net.const(np.float32(WIDTH**0.5))) if scale else x
 
 
-def gpt2() -> ir.Model:
-    """Pre-LN decoder: learned positions, fused q/k/v through Split, GELU."""
+def gpt2(*, tied: bool = False) -> ir.Model:
+    """Pre-LN decoder: learned positions, fused q/k/v through Split, GELU; the tokens' table is the head if tied."""
     net = Net(1)
-    _, x = _tokens(net)
+    table, x = _tokens(net)
     x = net.op("Add", x, net.random(1, SEQ, WIDTH))
     for _ in range(LAYERS):
         qkv = net.op("Split", net.linear(net.layer_norm(x), WIDTH, 3 * WIDTH), outputs=3, axis=-1, num_outputs=3)
         mixed = net.attention(*(net.heads(v, HEADS) for v in qkv))
         x = net.op("Add", x, net.linear(mixed, WIDTH, WIDTH))
         x = net.op("Add", x, net.linear(net.gelu(net.linear(net.layer_norm(x), WIDTH, 24)), 24, WIDTH))
-    return net.model(net.linear(net.layer_norm(x), WIDTH, VOCABULARY, bias=False))
+    h = net.layer_norm(x)
+    if tied:
+        return net.model(net.op("MatMul", h, net.op("Transpose", table, perm=[1, 0])))
+    return net.model(net.linear(h, WIDTH, VOCABULARY, bias=False))
 
 
 def opt() -> ir.Model:
@@ -405,6 +408,7 @@ def resnet() -> ir.Model:
 
 ARCHITECTURES: dict[str, Callable[[], ir.Model]] = {
     "gpt2": gpt2,
+    "gpt2-tied": lambda: gpt2(tied=True),
     "opt": opt,
     "llama": llama,
     "llama-gqa": lambda: llama(2),

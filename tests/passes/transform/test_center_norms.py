@@ -87,6 +87,8 @@ def test_what_sees_the_mean_stops_it() -> None:
     assert report.changed == 0
     assert all("writes the stream" in r.reason or "cannot cross" in r.reason for r in report.refused)
     assert report.refused
+    report = run(model_of(ARCHITECTURES["gpt2-tied"]()))
+    assert any("is tied" in refusal.reason for refusal in report.refused)
     report = run(after_layer_norm(read=True))
     assert "before any norm" in report.refused[0].reason
     report = run(model_of(ARCHITECTURES["llama"]()))

@@ -95,8 +95,9 @@ def test_the_stream_turns_and_the_function_stays(name: str) -> None:
     assert len(changed) == 1 + 2 * LAYERS + (5 * LAYERS + 1)
 
 
-def test_a_table_that_is_tied_stays_one_and_products_turn_for_it() -> None:
-    model = model_of(ARCHITECTURES["gemma"]())
+@pytest.mark.parametrize("name", ["gemma", "gpt2-tied"])
+def test_a_table_that_is_tied_stays_one_and_products_turn_for_it(name: str) -> None:
+    model = model_of(ARCHITECTURES[name]())
     table = model.graph.initializers["embedding.weight"]
     before, users, feeds = table.const_value.numpy().copy(), len(list(table.uses())), feeds_for(model.ir)  # type: ignore[union-attr]
     wanted = next(iter(Runner(model.ir)(feeds).values()))
