@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from harness import SEEDS, Claim, Fixture, assets_folder, fixture, measure
 
+from qcompiler.graph.sites import find_sites
 from qcompiler.model import Model
 from qcompiler.passes.plan.uniform import Uniform
 from qcompiler.passes.round.gptq import GPTQ
@@ -39,17 +40,18 @@ CASES: dict[str, tuple[str, dict[str, Any], Pass]] = {
 
 
 def gaussian(model: Model) -> None:
-    """Weights and tables Gaussian of the same size, gains 1: no outliers, and no direction that matters more."""
+    """Weights and tables Gaussian, gains and biases constant, of the same size: no outliers, no favoured direction."""
     rng = np.random.default_rng(0)
+    matrices = {site.weight for site in find_sites(model.ir)}
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < 64:
             continue
+        if value not in matrices and len(tensor.shape) > 1:
+            continue
         array = tensor.numpy()
-        if sum(size > 1 for size in array.shape) > 1:
-            new = rng.standard_normal(array.shape) * np.sqrt(np.square(array, dtype=np.float64).mean())
-        else:
-            new = np.full(array.shape, 1.0 if array.mean() > 0.1 else 0.0)
+        size = np.sqrt(np.square(array, dtype=np.float64).mean())
+        new = size * (rng.standard_normal(array.shape) if value in matrices else np.ones(array.shape))
         value.const_value = ir.tensor(new.astype(np.float32), name=value.name)
 
 
