@@ -27,15 +27,17 @@ class Rotate(Pass):
 
     Gains of norms move into the weights behind them first. A table that is tied to the output layer cannot take the
     gain of the last norm: it stays as it is, and a product is inserted behind the lookup and before the output layer
-    (two square matrices, which are quantized and counted like others). Only streams between RMS norms can be turned;
-    what cannot is left alone, with the reason.
-
-    Source: QuaRot (2404.00456), the part that folds (R1 in SpinQuant). Its code subtracts the mean of the embedding's
-    rows also before RMS norms, which changes the function; here nothing is subtracted.
+    (two square matrices, which are quantized and counted like others). Streams between LayerNorms are turned by
+    matrices that keep the mean over the channels, so that the norms stay; streams with norms behind the sums (BERT)
+    and those that cross an activation are left alone, with the reason.
 
     Values that only pass an attention between two weights can be turned head by head as well, at no cost. What else
     products read, as behind gates and activations, is turned where the graph runs: by explicit small products
     (`qcompiler::Hadamard`) whose inverses are in the weights.
+
+    Source: QuaRot (2404.00456) and, for the names R1 to R4, SpinQuant (2405.16406), with random matrices. QuaRot's
+    code subtracts the mean of the embedding's rows also before RMS norms, which changes the function; here nothing is
+    subtracted.
 
     Attributes:
         block: order of Hadamard matrices on the diagonal; 0: one matrix that mixes all channels.
