@@ -18,6 +18,7 @@ from qcompiler.formats.base import Codes, Floats
 from qcompiler.formats.fit import encode
 from qcompiler.passes.round.gptq import GPTQ
 from qcompiler.passes.round.gptq_core import Factor, gptq_round, hessian_loss
+from qcompiler.passes.round.products import decoded
 from qcompiler.passes.round.refine import refine, refine_codes, refine_scales
 from qcompiler.passes.round.scale_solve import solve_scales
 
@@ -90,7 +91,7 @@ def _within_range(matrix: Floats, factor: Factor, grids: Sequence[QTensor]) -> F
     parts = np.split(matrix, np.cumsum([grid.shape[1] for grid in grids])[:-1], 1)
     relaxed = [_relaxed(part, grid) for part, grid in zip(parts, grids, strict=True)]
     found = refine(matrix, factor.hessian, relaxed, _SWEEPS, [refine_codes])
-    return np.concatenate([panel.decode() for panel in found], 1)
+    return decoded(found)
 
 
 def _relaxed(part: Floats, grid: QTensor) -> QTensor:
@@ -110,4 +111,4 @@ class _Relaxed(Int):
 
 
 def _loss(matrix: Floats, factor: Factor, panels: Sequence[QTensor]) -> npt.NDArray[np.float64]:
-    return hessian_loss(np.concatenate([panel.decode() for panel in panels], 1) - matrix, factor.hessian)
+    return hessian_loss(decoded(panels) - matrix, factor.hessian)

@@ -12,12 +12,10 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.formats import PerChannel, PerGroup, Promoted, QTensor, QuantSpec
@@ -29,14 +27,14 @@ from qcompiler.graph.sites import Site
 from qcompiler.measure.segments import Segment
 from qcompiler.model import Model
 from qcompiler.passes.round.gptq_core import Factor, Order, factorize, gptq_round, hessian_loss
+from qcompiler.passes.round.products import Product, by_input, decoded, noise, places, rows_of
 from qcompiler.passes.round.refine import refine
-from qcompiler.passes.round.rows import block_count, input_rows
+from qcompiler.passes.round.rows import block_count
 from qcompiler.passes.round.streams import Streams, calibration_feeds
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.progress import Progress
 
 Array = npt.NDArray[Any]
-_Product = tuple[Site, ...]  # sites whose products are added up: their matrices side by side are one matrix
 _LEAST_ROWS = 1 << 12  # of all samples together, for a Gram matrix
 _ROWS_PER_COLUMN = 16
 _PART = 1 << 24  # weights that are rounded at a time
@@ -96,7 +94,7 @@ class GPTQ(Pass):
         errors: dict[str, dict[str, float]] = {}
         sums = [found.sites for found in find_sums(model.graph, streams.segments.sites)]
         for segment in progress.track(list(streams.segments), "Rounding"):
-            for products in _by_input(segment, model, sums):
+            for products in by_input(segment, model, sums):
                 if products[0][0].activation is None:
                     self._round_tables(model, streams, products)
                 else:
@@ -105,7 +103,7 @@ class GPTQ(Pass):
         changed = len([n for n, p in model.plan.sites.items() if p.weight is not None and n in model.weights])
         return PassReport(self.registered_name(), changed, metrics={"relative_error": errors})
 
-    def _round_tables(self, model: Model, streams: Streams, tables: Sequence[_Product]) -> None:
+    def _round_tables(self, model: Model, streams: Streams, tables: Sequence[Product]) -> None:
         for (site,) in tables:
             self._keep(model, streams, site, quantize(site.matrix(), _spec(model, site), self.clipping))
 
@@ -119,7 +117,7 @@ class GPTQ(Pass):
         model: Model,
         streams: Streams,
         segment: Segment,
-        products: Sequence[_Product],
+        products: Sequence[Product],
         rng: np.random.Generator,
     ) -> dict[str, dict[str, float]]:
         """Round products that read the same values in the same way: they share Hessian and factor."""
@@ -133,7 +131,7 @@ class GPTQ(Pass):
             specs = [_spec(model, site) for site in product]
             finer = tuple(spec.bits - min(s.bits for s in specs) for spec in specs)
             if finer not in factors:
-                factors[finer] = factorize(gram, self.damping, self.order, _noise(product, finer))
+                factors[finer] = factorize(gram, self.damping, self.order, noise(product, finer))
             factor = factors[finer]
             with _overflow_refused(product):
                 matrix = np.concatenate([site.matrix() for site in product], 1)
@@ -149,7 +147,7 @@ class GPTQ(Pass):
         self,
         matrix: Floats,
         cross: Floats | None,
-        product: _Product,
+        product: Product,
         specs: Sequence[QuantSpec],
         factor: Factor,
     ) -> tuple[list[QTensor], dict[str, float]]:
@@ -166,18 +164,18 @@ class GPTQ(Pass):
         return _stacked(parts), {"error": found / power, "nearest": plain / power}
 
     def _round_rows(
-        self, target: Floats, product: _Product, specs: Sequence[QuantSpec], factor: Factor
+        self, target: Floats, product: Product, specs: Sequence[QuantSpec], factor: Factor
     ) -> tuple[list[QTensor], tuple[float, float, float]]:
         """The better of GPTQ and nearest; the errors of both, and the power of the output."""
         diagonal = np.einsum("bii->bi", factor.hessian)
         importance = np.repeat(diagonal, target.shape[0] // len(diagonal), 0)
         nearest: list[QTensor] = []
-        for columns, spec in zip(_places(product), specs, strict=True):
+        for columns, spec in zip(places(product), specs, strict=True):
             part = np.ascontiguousarray(target[:, columns])
             nearest.append(encode(part, spec, *fit(part, spec, self.clipping, importance[:, columns])))
         found = self.improve(target, factor, gptq_round(target, factor, nearest))
         power = float(hessian_loss(target, factor.hessian).sum())
-        losses = [float(hessian_loss(_decoded(q) - target, factor.hessian).sum()) for q in (found, nearest)]
+        losses = [float(hessian_loss(decoded(q) - target, factor.hessian).sum()) for q in (found, nearest)]
         if not np.isfinite((power, *losses)).all():
             raise FloatingPointError
         return found if losses[0] <= losses[1] else nearest, (losses[0], losses[1], power)
@@ -187,7 +185,7 @@ class GPTQ(Pass):
         return refine(target, factor.hessian, start, self.sweeps)
 
     def _grams(
-        self, streams: Streams, segment: Segment, product: _Product, rng: np.random.Generator
+        self, streams: Streams, segment: Segment, product: Product, rng: np.random.Generator
     ) -> tuple[Floats, Floats | None]:
         """Mean of x x^T, and of (exact - x) x^T if the error is to be followed: [blocks, columns, columns].
 
@@ -202,41 +200,17 @@ class GPTQ(Pass):
         for batch in zip(*(streams.inputs(segment, site) for site in product), strict=True):
             rounded, exact = zip(*batch, strict=True)
             state = rng.bit_generator.state
-            x = _rows(product, rounded if self.sequential else exact, limit, rng)
+            x = rows_of(product, rounded if self.sequential else exact, limit, rng)
             unit = unit or magnitude(x)
             x = x / unit
             gram += x.transpose(0, 2, 1) @ x
             count += x.shape[1]
             if cross is not None and any(y is not x for x, y in batch):
                 rng.bit_generator.state = state  # the same positions of both
-                y = _rows(product, exact, limit, rng) / unit
+                y = rows_of(product, exact, limit, rng) / unit
                 cross += (y - x).transpose(0, 2, 1) @ x
         mean = np.float32(1 / max(count, 1))
         return gram * mean, None if cross is None else np.asarray(cross * mean, np.float32)
-
-
-def _by_input(segment: Segment, model: Model, sums: Sequence[_Product]) -> list[list[_Product]]:
-    """The segment's planned sites, those that are added up as one; products of the same inputs are together."""
-    planned = [site for site in segment.sites if _planned(model, site)]
-    here = {site.node: site for site in planned}
-    products: dict[ir.Node, _Product] = {site.node: (site,) for site in planned}
-    for added in sums:
-        mine = tuple(here[site.node] for site in added if site.node in here)
-        products |= {site.node: mine for site in mine}
-    groups: dict[object, list[_Product]] = {}
-    for product in dict.fromkeys(products.values()):
-        first = product[0]
-        plain = first.op in ("MatMul", "Gemm") and block_count(first) == 1
-        plans = (model.plan.sites[site.name] for site in product)
-        rows = tuple((p.activation, p.activation_bits, p.activation_clip) for p in plans)
-        like = (tuple(site.activation for site in product), rows, first.layout) if plain else first
-        groups.setdefault(like if first.activation is not None else None, []).append(product)
-    return list(groups.values())
-
-
-def _planned(model: Model, site: Site) -> bool:
-    plan = model.plan.sites.get(site.name)
-    return plan is not None and plan.weight is not None
 
 
 def _row_parts(shape: tuple[int, ...], specs: Sequence[QuantSpec], factor: Factor) -> list[slice]:
@@ -261,33 +235,8 @@ def _stacked(parts: Sequence[Sequence[QTensor]]) -> list[QTensor]:
     return panels
 
 
-def _noise(product: _Product, finer: Sequence[int]) -> Floats:
-    """The power of the rounding error of each column, [columns], by how many bits finer it is than the coarsest."""
-    return np.repeat(np.exp2(-2.0 * np.asarray(finer)).astype(np.float32), [site.columns for site in product])
-
-
-def _places(product: _Product) -> list[slice]:
-    """Where each site's columns lie in the matrices side by side."""
-    ends = np.cumsum([0, *(site.columns for site in product)]).tolist()
-    return [slice(low, high) for low, high in pairwise(ends)]
-
-
-def _decoded(panels: Sequence[QTensor]) -> Floats:
-    return np.concatenate([panel.decode() for panel in panels], 1)
-
-
-def _rows(product: _Product, inputs: Sequence[Array], limit: int, rng: np.random.Generator) -> Floats:
-    """The inputs of all sites side by side, the same positions of all: float32 [blocks, rows, columns]."""
-    state = rng.bit_generator.state
-    parts: list[Floats] = []
-    for site, x in zip(product, inputs, strict=True):
-        rng.bit_generator.state = state
-        parts.append(input_rows(site, x, limit, rng).transpose(1, 0, 2))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, 2)
-
-
 @contextmanager
-def _overflow_refused(product: _Product) -> Generator[None]:
+def _overflow_refused(product: Product) -> Generator[None]:
     """Where numbers leave float32, say at which layer. What BLAS's threads let pass is seen in what comes out."""
     try:
         with np.errstate(over="raise", invalid="raise", divide="raise"):
