@@ -63,7 +63,7 @@ def test_descent_stays_orthogonal_and_finds_a_rotation(keeps_mean: bool) -> None
     for step in range(60):
         descent.param_groups[0]["lr"] = 0.05 * (1 - step / 60)
         loss = 1e-6 * (matrix - goal).square().sum()
-        losses.append(float(loss))
+        losses.append(loss.item())
         matrix.grad = None
         loss.backward()
         descent.step()
@@ -123,10 +123,11 @@ def test_the_function_stays_and_the_loss_does_not_rise(name: str) -> None:
     assert any(not np.array_equal(before[site.name], site.matrix()) for site in find_sites(model.ir))
 
 
-def test_learning_lowers_the_loss_it_learns_from() -> None:
-    found = model_of("llama", batch=48)
-    (report,) = Pipeline([SpinQuant(epochs=8, rate=0.05)]).run(found)
+def test_outliers_are_learned_away() -> None:
+    """From a stream with three loud channels, which no Hadamard matrix has shared out."""
+    (report,) = Pipeline([SpinQuant(epochs=4, rate=0.3, start="present")]).run(model_of("llama", batch=32))
     assert report.metrics["kept"]
+    assert report.metrics["held_back_loss_after"] < 0.6 * report.metrics["held_back_loss_before"]
 
 
 def test_what_does_not_help_is_not_kept_but_the_start_is() -> None:
