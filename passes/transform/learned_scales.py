@@ -74,7 +74,7 @@ class LearnedScales:
                 own = terms.setdefault(key, (edit.constant.offset, []))[1]
                 own.append(self._term(number, edit.labels, -edit.sign))
         for (name, at), (offset, own) in terms.items():
-            change = lambda c, offset=offset, own=own: (c + offset) * self._factors(own) - offset  # noqa: E731
+            change = lambda c, offset=offset, own=own: (c + offset) * self.factors(own) - offset  # noqa: E731
             twin.change(name, change, at)
 
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
@@ -93,9 +93,6 @@ class LearnedScales:
 
     def factors(self, terms: Sequence[_Term]) -> torch.Tensor:
         """What a tensor of these terms is multiplied by, broadcastable to it."""
-        return self._factors(terms)
-
-    def _factors(self, terms: Sequence[_Term]) -> torch.Tensor:
         total = torch.zeros(())
         for term in terms:
             total = total + term.sign * self._held(term.fold)[term.places]
