@@ -2,7 +2,7 @@
 
 Claim: the rotation that is learned from a random Hadamard matrix is better than the mean of eight of these, and than
 the one that it began from, at equal stored bytes. A random matrix evens outliers out blindly; the cause of the gain is
-that activations have a shape that a matrix can be fitted to. Control: all weights Gaussian and all gains 1, where no
+that activations have a shape that a matrix can be fitted to. Control: all weights Gaussian and all gains even, where no
 direction stands out and no rotation is better than another by much.
 
     nice -n 5 python benchmarks/accuracy/spinquant.py --assets ~/.cache/qc-assets
