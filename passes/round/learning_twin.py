@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
@@ -107,7 +106,7 @@ class LearningTwin:
         Raises:
             BadModel: an operation has no differentiable form with these inputs or attributes.
         """
-        inputs = [torch.from_numpy(np.asarray(feed[name])) for name in self._inputs]
+        inputs = [torch.tensor(feed[name]) for name in self._inputs]
         try:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.narrow):
                 return self.module(*inputs)

@@ -112,6 +112,7 @@ class _Race:
             if not self.trials:
                 raise
             self.refused.append(Refusal(reason.where or start.name, f"{steps[-1]}: {reason.what}"))
+            self.progress.note(f"choose-rounding: no {steps[-1]}: {reason}")
             return
         trial = self._trial(steps, work, began)
         if trial.loss < self.least.loss or not self.trials or self.judge is None:

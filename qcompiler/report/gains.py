@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from qcompiler.pipeline import PassReport
@@ -39,7 +40,8 @@ def _before_and_after(report: PassReport) -> dict[str, Any]:
 
 
 def _row(steps: str, loss: float | None, seconds: float, refused: str) -> dict[str, Any]:
-    return {"steps": steps, "loss": loss, "seconds": seconds, "refused": refused}
+    known = loss if loss is not None and isfinite(loss) else None
+    return {"steps": steps, "loss": known, "seconds": seconds, "refused": refused}
 
 
 def _entry(

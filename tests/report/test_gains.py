@@ -46,3 +46,10 @@ def test_the_page_shows_gains_and_interactions() -> None:
 def test_pages_of_earlier_versions_have_no_such_section() -> None:
     assert "What each step gained" not in render(data())
     assert gains([PassReport("gptq", 3)]) == []
+
+
+def test_losses_that_are_no_numbers_are_left_out() -> None:
+    metrics = {"held_back_loss_before": float("nan"), "held_back_loss_after": float("inf"), "kept": False}
+    (entry,) = gains([PassReport("tune", 0, metrics=metrics)])
+    assert [row["loss"] for row in entry["rows"]] == [None, None]
+    assert "without" in render(data() | {"gains": [entry]})
