@@ -11,12 +11,14 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 LEAST_BYTES = 1 << 18
@@ -48,20 +50,34 @@ def spilled(array: Array) -> Array:
     Args:
         array: of any shape and type without objects.
     """
-    global _open
     if array.nbytes < LEAST_BYTES or array.dtype.hasobject or is_spilled(array):
         return array
-    try:
-        if _open is None or _open.used + array.nbytes > len(_open.map):
-            _open = _Segment(max(_SEGMENT, array.nbytes))
-            _maps.add(_open.map)
-    except OSError:
+    result = room(array.shape, array.dtype)
+    if result is None:
         return array
-    start = _open.used
-    _open.used = -(-(start + array.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-    result = np.frombuffer(_open.map, array.dtype, array.size, start).reshape(array.shape)
     result[...] = array
     return result
+
+
+def room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
+    """An array in the scratch file, to be filled; None where nothing has room.
+
+    Args:
+        shape: of any size.
+        dtype: a type without objects.
+    """
+    global _open
+    count = prod(shape)
+    size = count * dtype.itemsize
+    try:
+        if _open is None or _open.used + size > len(_open.map):
+            _open = _Segment(max(_SEGMENT, size))
+            _maps.add(_open.map)
+    except OSError:
+        return None
+    start = _open.used
+    _open.used = -(-(start + size) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return np.frombuffer(_open.map, dtype, count, start).reshape(shape)
 
 
 def is_spilled(array: Array) -> bool:
@@ -77,6 +93,13 @@ def forget() -> None:
     for mapped in list(_maps):
         if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def let_go(tensors: Iterable[ir.TensorProtocol | None]) -> None:
+    """Let the system take the pages of mapped files in which tensors lie; they stay usable."""
+    for tensor in tensors:
+        if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
+            tensor.raw.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import Refusal
 from qcompiler.graph.folds import Stream, find_centred
-from qcompiler.graph.folds.apply import commit, read
+from qcompiler.graph.folds.rewrite import commit, read
 from qcompiler.graph.topology import residual_streams
 from qcompiler.model import Model
 from qcompiler.passes.transform.inputs import require_float

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import Refusal
 from qcompiler.graph.codes import DOMAIN
-from qcompiler.graph.folds.apply import commit, read
+from qcompiler.graph.folds.rewrite import commit, read
 from qcompiler.graph.functions import add_function, parse_function
 from qcompiler.graph.sites import Site
 

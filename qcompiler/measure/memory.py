@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.model import Model
-from qcompiler.scratch import forget, spilled
+from qcompiler.scratch import forget, let_go, spilled
 
 _WORTH_TRIMMING = 1 << 22  # bytes of weights; walking all heaps takes longer than small temporaries are worth
 
@@ -25,12 +25,9 @@ def give_back(values: Iterable[ir.Value] = ()) -> None:
             this process until they are let go. They stay usable: the next access reads the file again, which the
             system usually still holds.
     """
-    held = 0
-    for value in values:
-        tensor = value.const_value
-        held += 0 if tensor is None else tensor.nbytes
-        if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
-            tensor.raw.madvise(mmap.MADV_DONTNEED)
+    tensors = [value.const_value for value in values]
+    held = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    let_go(tensors)
     if held >= _WORTH_TRIMMING:
         trim()
 

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.errors import BadOption, PassRefused
+from qcompiler.errors import BadOption
 from qcompiler.graph.folds.labels import Classes, Labels
 from qcompiler.graph.folds.region import Constant, Edit, Mark, Region, bias_add, label, resolve
+from qcompiler.graph.folds.rewrite import commit, largest, read, scaled
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,12 +25,10 @@ def scale(model: ir.Model, region: Region, start: Labels, s: Floats) -> None:
     def factor(labels: Labels, sign: int) -> Floats:
         return _spread(region.classes, labels, numbers, 1.0) ** -sign
 
-    changes: dict[ir.Value, Floats] = {}
+    steps: dict[ir.Value, list[tuple[float, Floats]]] = {}
     for edit in own_edits(model.graph, region):
-        constant = edit.constant.value
-        array = changes.get(constant, read(constant)) + edit.constant.offset
-        changes[constant] = array * factor(edit.labels, edit.sign) - edit.constant.offset
-    commit(changes)
+        steps.setdefault(edit.constant.value, []).append((edit.constant.offset, factor(edit.labels, edit.sign)))
+    commit({constant: scaled(constant, own) for constant, own in steps.items()})
 
 
 def multipliers(region: Region, start: Labels, s: Floats, constant: ir.Value) -> Floats:
@@ -86,12 +85,11 @@ def absmax(classes: Classes, start: Labels, edits: Sequence[Edit]) -> Floats:
     known, place = np.unique(roots, return_inverse=True)
     found = np.zeros(len(known))
     for edit in edits:
-        array = np.abs(read(edit.constant.value) + edit.constant.offset)
         short = tuple(k for k, size in enumerate(edit.labels.shape) if size == 1)
-        largest = array.max(axis=short, keepdims=True) if array.size else array
-        own = np.broadcast_to(classes.roots(edit.labels), largest.shape)
+        reach = largest(edit.constant.value, edit.constant.offset, short)
+        own = np.broadcast_to(classes.roots(edit.labels), reach.shape)
         inside = np.isin(own, known)
-        np.maximum.at(found, np.searchsorted(known, own[inside]), largest[inside])
+        np.maximum.at(found, np.searchsorted(known, own[inside]), reach[inside])
     return found[place]
 
 
@@ -150,31 +148,6 @@ def _register(graph: ir.Graph, name: str, array: npt.NDArray[Any], dtype: ir.Dat
     value = ir.val(unique, const_value=tensor)
     graph.register_initializer(value)
     return value
-
-
-def read(value: ir.Value) -> Floats:
-    """The numbers of an initializer."""
-    assert value.const_value is not None
-    return np.asarray(value.const_value.numpy(), np.float64)
-
-
-def commit(changes: Mapping[ir.Value, Floats]) -> None:
-    """Store new numbers in the element types of the old ones.
-
-    Raises:
-        PassRefused: one of them overflows; nothing is stored.
-    """
-    tensors: dict[ir.Value, ir.TensorProtocol] = {}
-    for value, array in changes.items():
-        old = value.const_value
-        assert old is not None
-        with np.errstate(over="ignore"):
-            new = array.astype(old.dtype.numpy())
-        if not np.all(np.isfinite(np.asarray(new, np.float64)) | ~np.isfinite(array)):
-            raise PassRefused(f"the transformed weight overflows {old.dtype.name}", value.name or "")
-        tensors[value] = ir.tensor(new, name=value.name)
-    for value, tensor in tensors.items():
-        value.const_value = tensor
 
 
 def _reordered(array: Floats, roots: Labels, target: Mapping[int, int]) -> Floats:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from qcompiler.graph.folds import apply
 from qcompiler.graph.folds.labels import Labels
 from qcompiler.graph.folds.region import Edit, Region, label
+from qcompiler.graph.folds.rewrite import commit, read
 
 Floats = npt.NDArray[np.float64]
 
@@ -54,14 +55,14 @@ def rotate(
     changes: dict[ir.Value, Floats] = {}
     for edit in apply.own_edits(model.graph, region):
         value = edit.constant.value
-        array = changes.get(value, apply.read(value))
+        array = changes.get(value, read(value))
         axis, own = _line(region, edit)
         moved = np.moveaxis(array.copy(), axis, 0)
         for roots, matrix in turns:
             for places_once in places(own, roots) if set(roots) <= set(own.tolist()) else ():  # type: ignore[union-attr]
                 moved[places_once] = np.tensordot(matrix, moved[places_once], ([0], [0]))
         changes[value] = np.moveaxis(moved, 0, axis)
-    apply.commit(changes)
+    commit(changes)
 
 
 def places(line: Labels, roots: Sequence[int]) -> Labels | None:

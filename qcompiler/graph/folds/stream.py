@@ -17,9 +17,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import BadOption, PassRefused, Refusal
-from qcompiler.graph.folds.apply import commit, read
 from qcompiler.graph.folds.fold import ORTHOGONAL, Fold, find_fold
 from qcompiler.graph.folds.region import Constant, label, resolve
+from qcompiler.graph.folds.rewrite import commit, read, turned
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +89,12 @@ class Stream:
             gain = self._gain(node, index)
             if np.ptp(gain) > 1e-6 * np.abs(gain).max():
                 raise PassRefused(f"{label(node)} has a gain for each channel", fix="call fold_gains first")
-        changes: dict[ir.Value, npt.NDArray[np.float64]] = {}
+        axes: dict[ir.Value, list[int]] = {}
         for turn in (*self.writers, *self.readers):
-            value = turn.constant.value
-            if value not in changes or turn.axis != self._axis_done(value, turn):
-                array = changes.get(value, read(value))
-                changes[value] = np.moveaxis(np.tensordot(array, matrix, ([turn.axis], [0])), -1, turn.axis)
-        commit(changes)
+            own = axes.setdefault(turn.constant.value, [])
+            if turn.axis not in own:  # several operands of one constant turn it once
+                own.append(turn.axis)
+        commit({value: turned(value, own, matrix) for value, own in axes.items()})
 
     def _checked(self, Q: npt.ArrayLike) -> npt.NDArray[np.float64]:
         matrix = np.asarray(Q, np.float64)
@@ -107,12 +106,6 @@ class Stream:
             fix = "give one that maps ones to ones (hadamard.mean_kept), or run center-norms before"
             raise BadOption(f"the matrix changes the mean, which {label(self.keeps_mean[0])} sees", fix=fix)
         return matrix
-
-    def _axis_done(self, value: ir.Value, turn: Turn) -> int | None:
-        """The axis along which an earlier operand has turned a shared constant already."""
-        turns = (*self.writers, *self.readers)
-        earlier = turns[: turns.index(turn)]
-        return next((t.axis for t in earlier if t.constant.value is value), None)
 
 
 def _constant(node: ir.Node, index: int) -> Constant:

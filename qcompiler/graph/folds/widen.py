@@ -13,8 +13,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import BadOption, Refusal
-from qcompiler.graph.folds.apply import commit, read
 from qcompiler.graph.folds.region import Constant, label, resolve
+from qcompiler.graph.folds.rewrite import commit, read
 from qcompiler.graph.folds.stream import Stream
 
 Floats = npt.NDArray[np.float64]
