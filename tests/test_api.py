@@ -178,7 +178,7 @@ def test_load_tells_models_from_artifacts(work: Path) -> None:
 def test_recipes_are_complete_and_valid() -> None:
     from qcompiler import registry
 
-    assert recipes() == ["convolutional", "decoder", "encoder", "int8", "quick"]
+    assert recipes() == ["convolutional", "decoder", "encoder", "int8", "quick", "w4a4", "w4a8"]
     from importlib import resources
 
     for name in recipes():
