@@ -9,7 +9,7 @@ from math import nan
 from typing import ClassVar, Literal, get_args
 
 from qcompiler.budget import parse_budget
-from qcompiler.errors import BadOption
+from qcompiler.errors import BadOption, PassRefused
 from qcompiler.measure.memory import spill
 from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Activations
@@ -133,7 +133,10 @@ class ChooseTransforms(Pass):
         def run() -> float:
             work = model.clone()
             work.calibration = judge.fit
-            self._transformed(work, steps, Silent())
+            reports = self._transformed(work, steps, Silent())
+            idle = [report.name for report in reports if not report.changed]
+            if idle:  # a trial without it says the same
+                raise PassRefused(f"{idle[0]} changes nothing", model.name)
             spill(work, model)
             work.plan = self._stand_in(work)
             passes = steps_of(self, (self.rounding, "activation-ranges"))

@@ -162,8 +162,9 @@ def test_nothing_is_applied_where_nothing_helps() -> None:
     assert report.metrics["chosen"] == "none"
     assert {name: v.const_value for name, v in model.graph.initializers.items()} == weights
     refused = [row for row in report.metrics["trials"] if row["refused"]]
-    assert [row["steps"] for row in refused] == [["refuses"]]
-    assert refused[0]["loss"] is None
+    assert [row["steps"] for row in refused] == [["scale-fold"], ["refuses"]]
+    assert [row["loss"] for row in refused] == [None, None]
+    assert "scale-fold changes nothing" in refused[0]["refused"]
 
 
 def test_without_time_the_start_is_taken_untried() -> None:
