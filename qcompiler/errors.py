@@ -28,6 +28,10 @@ class BadModel(QcompilerError):
     """The model file is missing, broken, hostile, or holds something that nobody can compile."""
 
 
+class NotFinite(BadModel, ValueError):
+    """Numbers that leave float32: of the weights, or of what they make of the data."""
+
+
 class BadData(QcompilerError):
     """Calibration or evaluation data that the model cannot take."""
 

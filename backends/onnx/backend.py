@@ -56,6 +56,8 @@ class OnnxBackend:
         """Everything from 2 to 8 bits runs, if need be decoded to float; dynamic activations only in products."""
         if plan.activation == "dynamic" and site.op not in ("MatMul", "Gemm"):
             return f"dynamic activations are for MatMul and Gemm, not {site.op}"
+        if plan.activation == "dynamic" and site.weight.dtype not in (None, ir.DataType.FLOAT):
+            return f"dynamic activations are for float32 models, not {site.weight.dtype}"
         if plan.weight is None:
             return None
         fmt = plan.weight.format

@@ -219,4 +219,5 @@ def shortlist(site: Site, plans: Sequence[SitePlan], most: int = _MOST) -> list[
 
 def _error(matrix: np.ndarray, spec: QuantSpec | None) -> float:
     assert spec is not None
-    return float(np.square(quantize(matrix, spec, "minmax").decode() - matrix).sum())
+    unit = np.abs(matrix).max(initial=0) or np.float32(1)  # squares of tiny or huge weights would leave float32
+    return float(np.square((quantize(matrix, spec, "minmax").decode() - matrix) / unit).sum())

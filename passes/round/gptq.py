@@ -12,7 +12,7 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,7 @@ class GPTQ(Pass):
         clipping: the scales to begin with: "mse", "minmax" or "hqq".
     """
 
+    rounds: ClassVar[bool] = True
     damping: float = 0.05
     order: Order = "diagonal"
     sequential: bool = True

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import get_lapack_funcs
 
+from qcompiler.errors import NotFinite
 from qcompiler.formats import QTensor, spread
 from qcompiler.formats.base import Floats
 
@@ -61,7 +62,7 @@ def factorize(
     """
     gram = np.atleast_3d(np.asarray(gram, np.float64).T).T if np.ndim(gram) == 2 else np.asarray(gram, np.float64)
     if not np.isfinite(gram).all():
-        raise ValueError("the Gram matrix holds NaN or infinity")
+        raise NotFinite("the Gram matrix holds NaN or infinity", fix="repair the weights or the data, or use --keep")
     hessian = (gram + gram.transpose(0, 2, 1)) / 2
     diagonal = np.einsum("bii->bi", hessian)  # a view: writing to it writes to the Hessian
     mean = diagonal.mean(1, keepdims=True)

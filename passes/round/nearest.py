@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,7 @@ class Nearest(Pass):
         samples: of the calibration data, for the importance.
     """
 
+    rounds: ClassVar[bool] = True
     clipping: Method = "mse"
     importance: Literal["none", "activations", "moments", "fisher"] = "none"
     samples: int = 32

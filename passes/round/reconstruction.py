@@ -109,6 +109,7 @@ class Reconstruction(Pass):
         seed: of the order of samples.
     """
 
+    rounds: ClassVar[bool] = True
     rates: ClassVar[tuple[str, ...]] = ("rate",)
     steps: int = 200
     batch: int = 8

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf, nan
 from typing import Any
 
-from qcompiler.errors import BadOption, PassRefused, Refusal
+from qcompiler.errors import BadOption, PassRefused, QcompilerError, Refusal
 from qcompiler.measure.memory import spill
 from qcompiler.model import Model
 from qcompiler.passes.search.held_back import HeldBack
@@ -40,7 +40,7 @@ class ChooseRounding(Pass):
 
     def __post_init__(self) -> None:
         for text, item in steps_of(self, (*self.among, *self.then, *self.after)).items():
-            if item.contract != LOSSY or item.stage != "float":
+            if item.contract != LOSSY or item.stage != "float" or (text in self.among and not item.rounds):
                 raise BadOption(f"'{text}' rounds nothing", "pass 'choose-rounding'", "give roundings, such as gptq")
 
     def requires(self, model: Model) -> None:
@@ -71,7 +71,8 @@ class ChooseRounding(Pass):
         model.weights, model.bias_shift, model.ranges = race.best.weights, race.best.bias_shift, race.best.ranges
         told = " + ".join(race.steps)
         if race.judge is not None:
-            progress.note(f"choose-rounding: {told}, loss on held-back samples {least:.4g} (to nearest {plain:.4g})")
+            compared = f"weights alone {least:.4g}, to nearest {plain:.4g}"
+            progress.note(f"choose-rounding: {told}, loss on held-back samples {race.least.loss:.4g} ({compared})")
         metrics = race.metrics | {"trials": [trial.to_json() for trial in race.trials], "chosen": told}
         return PassReport(self.registered_name(), len(model.weights), tuple(race.refused), metrics)
 
@@ -108,7 +109,7 @@ class _Race:
         began = time.monotonic()
         try:
             work, report = self._taken(start, item)
-        except PassRefused as reason:
+        except QcompilerError as reason:
             if not self.trials:
                 raise
             self.refused.append(Refusal(reason.where or start.name, f"{steps[-1]}: {reason.what}"))

@@ -62,6 +62,8 @@ class ChooseTransforms(Pass):
         for text in self.among:
             if steps[text].contract != EXACT or steps[text].stage != "float":
                 raise BadOption(f"'{text}' changes what the model computes", where, "give transforms that are exact")
+        if not steps[self.rounding].rounds:
+            raise BadOption(f"'{self.rounding}' rounds nothing", where, "give a rounding, such as gptq")
         if len(set(self.among)) < len(self.among) or not set(self.start) <= set(self.among):
             raise BadOption("each of 'among' is there once, and those of 'start' are among them", where)
         if self.activations not in get_args(Activations):
@@ -85,7 +87,7 @@ class ChooseTransforms(Pass):
         best = _fewest(trials)
         reports = self._transformed(model, best.steps, progress)
         told = " + ".join(best.steps) or "none"
-        progress.note(f"choose-transforms: {told} ({len(trials)} trials)")
+        progress.note(f"choose-transforms: {told} ({len(trials)} tried)")
         metrics = {name: value for report in reports for name, value in report.metrics.items()}
         metrics |= {"trials": [trial.to_json() for trial in trials], "interactions": interactions(trials)}
         refused = tuple(refusal for report in reports for refusal in report.refused)
@@ -93,6 +95,8 @@ class ChooseTransforms(Pass):
 
     def _trials(self, model: Model, progress: Progress) -> list[Trial]:
         """All trials, in the order in which they were made."""
+        if not self._stand_in(model).sites:  # nothing can be rounded, so that nothing can be told apart
+            return [Trial((), nan, 0.0)]
         judge = HeldBack.of(model, progress, self.registered_name()) if self.seconds else None
         if judge is None:
             return [Trial(self._ordered(self.start), nan, 0.0)]

@@ -63,7 +63,9 @@ class HeldBack:
         count = calibration_of(model).count
         if count >= _LEAST:
             return cls(model)
-        progress.note(f"{asking}: {count} samples are too few to try anything on; give {_LEAST} or more")
+        progress.note(
+            f"{asking}: too little data to try anything on ({count} to fit on and judge by); give 6 samples or more"
+        )
         return None
 
     def loss(self, model: Model) -> float:

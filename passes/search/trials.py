@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.errors import PassRefused
+from qcompiler.errors import QcompilerError
 from qcompiler.measure.stream import measurement_key
 from qcompiler.model import Model
 from qcompiler.pipeline import Pass, parse_pass
@@ -60,7 +60,7 @@ def timed(model: Model, steps: tuple[str, ...], run: Callable[[], float], *key: 
     Args:
         model: that the trial starts from.
         steps: their names.
-        run: gives the loss; PassRefused makes it a trial that could not be had.
+        run: gives the loss; a step that refuses the model makes it a trial that could not be had.
         key: what else the loss depends on.
     """
     known = measurement_key(model, "trial", *key)
@@ -70,7 +70,7 @@ def timed(model: Model, steps: tuple[str, ...], run: Callable[[], float], *key: 
     start = time.monotonic()
     try:
         loss = run()
-    except PassRefused as reason:
+    except QcompilerError as reason:
         return Trial(steps, float("inf"), time.monotonic() - start, str(reason))
     trial = Trial(steps, loss, time.monotonic() - start)
     if model.cache is not None and known is not None:

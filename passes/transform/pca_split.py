@@ -20,7 +20,7 @@ from qcompiler.passes.transform.hadamard import largest_block, rotation
 from qcompiler.passes.transform.inputs import enough_samples, require_float
 from qcompiler.passes.transform.panel_cutting import by_value, cut_alike, uncut
 from qcompiler.passes.transform.ready_streams import take_out, without_gains
-from qcompiler.pipeline import EXACT, Pass, PassReport
+from qcompiler.pipeline import EXACT, Pass, PassReport, check_numbers
 from qcompiler.progress import Progress
 
 Floats = npt.NDArray[np.float64]
@@ -61,6 +61,7 @@ class PCASplit(Pass):
         if not 0 < self.share < 1:
             raise BadOption(f"a share of {self.share} cannot be had", "pass 'pca-split'", "give more than 0, below 1")
         require_float(model, data=True)
+        check_numbers(self, (), ("seed",))
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Turn and cut; metrics hold for each stream its width, the high channels and the share of power in them."""

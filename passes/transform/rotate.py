@@ -17,7 +17,7 @@ from qcompiler.passes.transform.inner_rotation import turn_heads, turn_online
 from qcompiler.passes.transform.inputs import require_float
 from qcompiler.passes.transform.key_rotation import turn_keys
 from qcompiler.passes.transform.ready_streams import without_gains
-from qcompiler.pipeline import EXACT, Pass, PassReport
+from qcompiler.pipeline import EXACT, Pass, PassReport, check_numbers
 from qcompiler.progress import Progress
 
 
@@ -57,6 +57,7 @@ class Rotate(Pass):
     def requires(self, model: Model) -> None:
         """Float weights, no plan yet."""
         require_float(model, data=False)
+        check_numbers(self, (), ("seed",))
         if self.block < 0 or (self.block and largest_block(self.block) != self.block):
             fix = "use 0, or an order of Hadamard matrices such as 32, 64 or 128"
             raise BadOption(f"there is no Hadamard block of {self.block}", "pass 'rotate'", fix)

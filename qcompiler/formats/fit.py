@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.errors import NotFinite
 from qcompiler.formats.base import Floats, QTensor, QuantSpec, round_scale, row_parts, spread_rows
 from qcompiler.formats.granularity import PerChannel, PerGroup, PerRowGroup, PerTensor
 from qcompiler.formats.hqq import half_quadratic
@@ -31,6 +32,7 @@ METHODS: tuple[Method, ...] = ("minmax", "mse", "hqq")
 _SHRINK = tuple(float(f) for f in np.geomspace(1.0, 0.35, 15)[1:])
 _NUDGE = (0.85, 0.94, 1.06)  # one end at a time, relative to the best joint shrink
 _REFITS = 2
+_REPAIR = "repair the weights or the data, or keep what reads them float: --keep"
 _CHUNK = 1 << 15  # elements that are searched at a time: a few such temporaries stay in the cache
 
 
@@ -134,7 +136,7 @@ def _checked(matrix: Floats) -> Floats:
     if matrix.ndim != 2:
         raise ValueError(f"a matrix [rows, columns] is needed, not shape {matrix.shape}")
     if not np.isfinite(matrix).all():
-        raise ValueError("the matrix holds NaN or infinity")
+        raise NotFinite("the matrix holds NaN or infinity", fix=_REPAIR)
     return matrix
 
 
@@ -147,7 +149,7 @@ def _checked_importance(importance: npt.NDArray[np.floating] | None, matrix: Flo
         raise ValueError(f"importance of shape {weights.shape} does not fit a matrix of shape {matrix.shape}")
     lowest = np.einsum("pkk->pk", weights) if moments else weights
     if not np.isfinite(weights).all() or (weights.size and lowest.min() < 0):
-        raise ValueError("importance must be finite and not negative")
+        raise NotFinite("importance must be finite and not negative", fix=_REPAIR)
     return weights
 
 

@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from qcompiler import registry
 from qcompiler.calibration import Calibration
-from qcompiler.errors import BadOption, PassRefused
+from qcompiler.errors import BadOption, NotFinite, PassRefused
 from qcompiler.formats.fit import quantize
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.runner import Runner
@@ -25,12 +26,14 @@ from qcompiler.passes.search.trials import Trial, interactions
 from qcompiler.pipeline import Pass, PassReport, parse_pass
 from qcompiler.progress import Progress, Silent
 from tests.graph.architectures import feeds_for, inject_outliers, llama
-from tests.passes.round.small_models import cnn, mlp
+from tests.passes.round.small_models import build, cnn, mlp
 
 
 @dataclass(frozen=True)
 class Wreck(Pass):
     """Rounding that is worse than any other."""
+
+    rounds: ClassVar[bool] = True
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         from qcompiler.graph.sites import find_sites
@@ -46,6 +49,7 @@ class Wreck(Pass):
 class Refuses(Pass):
     """Never runs."""
 
+    rounds: ClassVar[bool] = True
     contract: ClassVar[Literal["exact", "lossy"]] = "exact"
 
     def requires(self, model: Model) -> None:
@@ -130,7 +134,7 @@ def test_with_too_few_samples_nothing_is_tried() -> None:
     report = ChooseRounding(among=("gptq", "wreck"), after=("bias-correction",)).run(model, listening)
     assert report.metrics["chosen"] == "gptq + bias-correction"
     assert [row["loss"] for row in report.metrics["trials"]] == [None, None]
-    assert sum("3 samples are too few" in text for text in told) == 2
+    assert sum("too little data to try anything on (3 " in text for text in told) == 2
 
 
 def test_transforms_are_chosen_by_the_rounded_loss() -> None:
@@ -165,6 +169,24 @@ def test_nothing_is_applied_where_nothing_helps() -> None:
     assert [row["steps"] for row in refused] == [["scale-fold"], ["refuses"]]
     assert [row["loss"] for row in refused] == [None, None]
     assert "scale-fold changes nothing" in refused[0]["refused"]
+
+
+def test_a_model_without_weights_stays_as_it_is() -> None:
+    node = helper.make_node("Relu", ["x"], ["y"])
+    model = build([node], {}, {"x": ["n", 4]}, ["y"], {"x": np.ones((8, 4), np.float32)})
+    report = ChooseTransforms(among=("awq", "dual-scale"), budget=("4bits",)).run(model, Silent())
+    assert report.metrics["chosen"] == "none"
+
+
+def test_a_step_that_the_numbers_defeat_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflows(*_: object) -> None:
+        raise NotFinite("importance must be finite")
+
+    model = loud_llama()
+    monkeypatch.setattr("qcompiler.passes.transform.smooth.Smooth.run", overflows)
+    report = ChooseTransforms(among=("scale-fold", "smooth"), rounding="nearest").run(model, Silent())
+    refused = {tuple(row["steps"]): row["refused"] for row in report.metrics["trials"] if row["refused"]}
+    assert refused["smooth",] == "importance must be finite"
 
 
 def test_without_time_the_start_is_taken_untried() -> None:
@@ -208,6 +230,11 @@ def test_options_that_mean_nothing() -> None:
         ChooseTransforms(among=("gptq",))
     with pytest.raises(BadOption, match="rounds nothing"):
         ChooseRounding(among=("smooth",))
+    for text in ("tune", "bias-correction", "activation-ranges"):
+        with pytest.raises(BadOption, match="rounds nothing"):
+            ChooseRounding(among=(text,))
+        with pytest.raises(BadOption, match="rounds nothing"):
+            ChooseTransforms(rounding=text)
     with pytest.raises(BadOption, match="among"):
         ChooseTransforms(among=("smooth",), start=("rotate",))
     with pytest.raises(BadOption, match="activations"):
