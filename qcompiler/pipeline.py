@@ -57,13 +57,13 @@ class Pass(ABC):
         stage: "float": it works on the float graph; "lowering": it makes the QDQ graph of it; "lowered": it works on
             that.
         hints: options of the user that the pass only takes a hint from: another pass must keep to them.
-        rounds: whether it makes the codes of all planned weights by itself.
+        makes_codes: whether it makes the codes of all planned weights by itself.
     """
 
     contract: ClassVar[Literal["exact", "lossy"]] = LOSSY
     stage: ClassVar[Literal["float", "lowering", "lowered"]] = "float"
     hints: ClassVar[tuple[str, ...]] = ()
-    rounds: ClassVar[bool] = False
+    makes_codes: ClassVar[bool] = False
 
     def foresee(self, model: Model) -> None:  # noqa: B027 - most passes cannot know
         """Raise, before any pass has run on the model, what is certain to fail whatever the passes before do."""

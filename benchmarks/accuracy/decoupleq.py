@@ -89,7 +89,7 @@ def main(assets: Path) -> None:
         for spec in COARSE:
             claim.better(spec, "decoupleq", "gptq", 0.1)
             claim.better(f"layers, {spec}", "percent smaller", "asked for", -1e-6)
-            for rounding, value in white(case, spec).items():
+            for rounding, value in white(case, spec).items():  # type: ignore[reportPossiblyUnboundVariable]
                 claim.record(f"white inputs, {spec}", rounding, value)
             claim.vanishes(f"white inputs, {spec}", "decoupleq", "gptq", 0.1)
         claim.vanishes(FINER[-1], "decoupleq", "gptq", 0.3)

@@ -65,7 +65,7 @@ def without_outliers(model: Model) -> None:
     for value in model.graph.initializers.values():
         if value.const_value is not None and tuple(value.const_value.shape) == (width,):
             size = np.sqrt(np.square(value.const_value.numpy(), dtype=np.float64).mean())
-            value.const_value = ir.tensor(np.full(int(width), size, np.float32), name=value.name)
+            value.const_value = ir.tensor(np.full(value.const_value.shape.numpy(), size, np.float32), name=value.name)
 
 
 def main() -> None:

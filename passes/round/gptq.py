@@ -57,7 +57,7 @@ class GPTQ(Pass):
         clipping: the scales to begin with: "mse", "minmax" or "hqq".
     """
 
-    rounds: ClassVar[bool] = True
+    makes_codes: ClassVar[bool] = True
     damping: float = 0.05
     order: Order = "diagonal"
     sequential: bool = True

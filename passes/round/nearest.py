@@ -39,7 +39,7 @@ class Nearest(Pass):
         samples: of the calibration data, for the importance.
     """
 
-    rounds: ClassVar[bool] = True
+    makes_codes: ClassVar[bool] = True
     clipping: Method = "mse"
     importance: Literal["none", "activations", "moments", "fisher"] = "none"
     samples: int = 32

@@ -109,7 +109,7 @@ class Reconstruction(Pass):
         seed: of the order of samples.
     """
 
-    rounds: ClassVar[bool] = True
+    makes_codes: ClassVar[bool] = True
     rates: ClassVar[tuple[str, ...]] = ("rate",)
     steps: int = 200
     batch: int = 8

@@ -40,7 +40,7 @@ class ChooseRounding(Pass):
 
     def __post_init__(self) -> None:
         for text, item in steps_of(self, (*self.among, *self.then, *self.after)).items():
-            if item.contract != LOSSY or item.stage != "float" or (text in self.among and not item.rounds):
+            if item.contract != LOSSY or item.stage != "float" or (text in self.among and not item.makes_codes):
                 raise BadOption(f"'{text}' rounds nothing", "pass 'choose-rounding'", "give roundings, such as gptq")
 
     def requires(self, model: Model) -> None:

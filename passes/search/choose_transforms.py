@@ -62,7 +62,7 @@ class ChooseTransforms(Pass):
         for text in self.among:
             if steps[text].contract != EXACT or steps[text].stage != "float":
                 raise BadOption(f"'{text}' changes what the model computes", where, "give transforms that are exact")
-        if not steps[self.rounding].rounds:
+        if not steps[self.rounding].makes_codes:
             raise BadOption(f"'{self.rounding}' rounds nothing", where, "give a rounding, such as gptq")
         if len(set(self.among)) < len(self.among) or not set(self.start) <= set(self.among):
             raise BadOption("each of 'among' is there once, and those of 'start' are among them", where)

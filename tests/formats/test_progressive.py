@@ -43,7 +43,7 @@ def test_every_code_at_every_scale_and_zero_point_is_an_int8(bits: int) -> None:
     fmt = Progressive(bits)
     seen = 0
     for scale in range(1, fmt.largest_scale + 1):
-        lowest, highest = (int(end) for end in fmt.zero_range(np.float32(scale)))
+        lowest, highest = (int(end) for end in fmt.zero_range(np.array(scale, np.float32)))
         assert lowest <= highest
         for zero in range(lowest, highest + 1):
             expanded = [(code - zero) * scale for code in range(fmt.grid.hi + 1)]
@@ -54,7 +54,7 @@ def test_every_code_at_every_scale_and_zero_point_is_an_int8(bits: int) -> None:
             expanded = [(code - zero) * scale for code in (0, fmt.grid.hi)]
             assert min(expanded) < -128 or max(expanded) > 127
     assert seen > fmt.largest_scale
-    assert not np.less_equal(*fmt.zero_range(np.float32(fmt.largest_scale + 1)))
+    assert not np.less_equal(*fmt.zero_range(np.array(fmt.largest_scale + 1, np.float32)))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -183,7 +183,7 @@ def test_the_graph_holds_what_was_rounded(make: Any, spec: str, rounding: Any, t
     feed = next(iter(model.calibration.batches(8)))
     wanted = Runner(model.ir)(feed)["y"]
     session = ort.InferenceSession(str(fastest_form(model.ir, tmp_path)), providers=["CPUExecutionProvider"])
-    np.testing.assert_allclose(session.run(["y"], feed)[0], wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(session.run(["y"], feed)[0]), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_gptq_chooses_codes_for_these_scales() -> None:

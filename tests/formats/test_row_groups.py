@@ -147,7 +147,7 @@ def test_the_graph_holds_what_was_rounded(make: Any, spec: str, rounding: Any, t
     for name, (_, matrix) in changed.items():
         np.testing.assert_allclose(packed[name].qtensor().decode(), matrix, rtol=1e-6)
     session = ort.InferenceSession(str(fastest_form(model.ir, tmp_path)), providers=["CPUExecutionProvider"])
-    np.testing.assert_allclose(session.run(["y"], feed)[0], wanted, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(session.run(["y"], feed)[0]), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_refusals() -> None:

@@ -33,7 +33,7 @@ from tests.passes.round.small_models import build, cnn, mlp
 class Wreck(Pass):
     """Rounding that is worse than any other."""
 
-    rounds: ClassVar[bool] = True
+    makes_codes: ClassVar[bool] = True
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         from qcompiler.graph.sites import find_sites
@@ -49,7 +49,7 @@ class Wreck(Pass):
 class Refuses(Pass):
     """Never runs."""
 
-    rounds: ClassVar[bool] = True
+    makes_codes: ClassVar[bool] = True
     contract: ClassVar[Literal["exact", "lossy"]] = "exact"
 
     def requires(self, model: Model) -> None:

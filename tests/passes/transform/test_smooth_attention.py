@@ -27,7 +27,8 @@ def run(model: Model, item: SmoothAttention) -> PassReport:
 def test_keys_are_smoothed_and_the_function_is_kept(name: str) -> None:
     model = model_of(name)
     report = run(model, SmoothAttention())
-    if name in ("gpt2", "gpt2-tied", "packed"):  # one matrix makes queries and keys: it cannot absorb a scale and its inverse
+    # One matrix makes queries and keys: it cannot absorb a scale and its inverse.
+    if name in ("gpt2", "gpt2-tied", "packed"):
         assert (report.changed, len(report.refused)) == (0, LAYERS)
     elif any(node.op_type in ("Softmax", "Attention") for node in model.graph):
         assert (report.changed, len(report.refused)) == (LAYERS, 0)
