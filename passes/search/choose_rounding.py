@@ -16,18 +16,19 @@ from qcompiler.pipeline import LOSSY, Pass, PassReport
 from qcompiler.progress import Progress
 
 _PLAIN = "nearest"
+_CLOSE = 1.5  # times the least loss: roundings that may still be the best when activations are rounded too
 
 
 @dataclass(frozen=True)
 class ChooseRounding(Pass):
-    """Round a plan in several ways, keep the one that loses least, then try steps that refine it.
+    """Round a plan in several ways, refine what is nearly the best by further steps, and keep what loses least then.
 
     Rounding to nearest is always among them: what comes out is never worse than that on the samples held back. With too
     few samples to hold some back, the first rounding and all steps are taken.
 
     Attributes:
         among: roundings, each from the float weights; options as in "gptq: samples = 24".
-        then: steps that the best of them gets in any case, such as ranges of activations.
+        then: steps that each gets in any case, such as ranges of activations.
         after: steps that refine it, tried in turn; one that doesn't lower the loss is undone.
         target, seed: handed to the steps.
     """
@@ -59,30 +60,49 @@ class ChooseRounding(Pass):
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.weights`, and what else the kept steps fill; metrics hold every trial."""
-        race = _Race(HeldBack.of(model, progress, self.registered_name()), model, progress)
-        roundings = (_PLAIN, *self.among) if race.judge else (self.among or (_PLAIN,))[:1]
+        judge = HeldBack.of(model, progress, self.registered_name())
+        chains, refused = self._rounded(model, judge, progress)
+        alone = [chain.least.loss for chain in chains]
+        ahead = [chain for chain in chains if judge is None or chain.least.loss <= _CLOSE * min(alone)]
+        for chain in ahead:
+            for text, item in steps_of(self, self.then).items():
+                chain.go_on(text, item)
+            for text, item in steps_of(self, self.after).items():
+                chain.enter(chain.best, (*chain.steps, text), item)
+        found = min(ahead, key=lambda chain: chain.least.loss)
+        model.weights, model.bias_shift, model.ranges = found.best.weights, found.best.bias_shift, found.best.ranges
+        told = " + ".join(found.steps)
+        if judge is not None:
+            compared = f"weights alone {found.trials[0].loss:.4g}, to nearest {alone[0]:.4g}"
+            progress.note(f"choose-rounding: {told}, loss on held-back samples {found.least.loss:.4g} ({compared})")
+        trials = [trial.to_json() for chain in chains for trial in chain.trials]
+        metrics = found.metrics | {"trials": trials, "chosen": told}
+        return PassReport(self.registered_name(), len(model.weights), (*refused, *found.refused), metrics)
+
+    def _rounded(self, model: Model, judge: HeldBack | None, progress: Progress) -> tuple[list[_Chain], list[Refusal]]:
+        """The model in every rounding, to nearest first; those that could not be had."""
+        roundings = (_PLAIN, *self.among) if judge else (self.among or (_PLAIN,))[:1]
+        chains: list[_Chain] = []
+        refused: list[Refusal] = []
         for text, item in steps_of(self, tuple(dict.fromkeys(roundings))).items():
-            race.enter(model, (text,), item)
-        plain, least = race.trials[0].loss, race.least.loss
-        for text, item in steps_of(self, self.then).items():
-            race.go_on(text, item)
-        for text, item in steps_of(self, self.after).items():
-            race.enter(race.best, (*race.steps, text), item)
-        model.weights, model.bias_shift, model.ranges = race.best.weights, race.best.bias_shift, race.best.ranges
-        told = " + ".join(race.steps)
-        if race.judge is not None:
-            compared = f"weights alone {least:.4g}, to nearest {plain:.4g}"
-            progress.note(f"choose-rounding: {told}, loss on held-back samples {race.least.loss:.4g} ({compared})")
-        metrics = race.metrics | {"trials": [trial.to_json() for trial in race.trials], "chosen": told}
-        return PassReport(self.registered_name(), len(model.weights), tuple(race.refused), metrics)
+            chain = _Chain(judge, model, progress)
+            try:
+                chain.enter(model, (text,), item)
+                chains.append(chain)
+            except QcompilerError as reason:
+                if not chains:
+                    raise
+                refused.append(Refusal(getattr(reason, "where", "") or model.name, f"{text}: {reason.what}"))
+                progress.note(f"choose-rounding: no {text}: {reason}")
+        return chains, refused
 
 
 @dataclass
-class _Race:
-    """Roundings of one plan, and the best of them so far.
+class _Chain:
+    """One rounding of the plan, and what came of it by further steps.
 
     Attributes:
-        judge: says what each loses; None: every step is taken.
+        judge: says what each step loses; None: every step is taken.
         best: the model that loses least.
         progress: shown to the steps.
         least: the trial that made it.
@@ -105,7 +125,11 @@ class _Race:
         return self.least.steps
 
     def enter(self, start: Model, steps: tuple[str, ...], item: Pass) -> None:
-        """Take the last of `steps` on a copy of `start`, and keep the outcome if none lost less."""
+        """Take the last of `steps` on a copy of `start`, and keep the outcome if none lost less.
+
+        Raises:
+            QcompilerError: the first step refuses; later ones are left out.
+        """
         began = time.monotonic()
         try:
             work, report = self._taken(start, item)
