@@ -69,7 +69,8 @@ def timed(model: Model, steps: tuple[str, ...], run: Callable[[], float], *key: 
         return Trial(steps, float(found["loss"]), float(found["seconds"]))
     start = time.monotonic()
     try:
-        loss = run()
+        with np.errstate(all="ignore"):  # what overflows loses infinitely much, or refuses
+            loss = run()
     except QcompilerError as reason:
         return Trial(steps, float("inf"), time.monotonic() - start, str(reason))
     trial = Trial(steps, loss, time.monotonic() - start)
