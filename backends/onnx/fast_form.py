@@ -26,8 +26,8 @@ from qcompiler.backends.onnx import probe
 from qcompiler.backends.onnx.blocks import Blocks, block_size, write_blocks
 from qcompiler.backends.onnx.decoded import decode
 from qcompiler.backends.onnx.emit import MICROSOFT, Emitter, replace_output
+from qcompiler.backends.onnx.integer import integer_bias, is_quantized_next, merged_with_add
 from qcompiler.backends.onnx.rows import RowCodes, write_row_codes, write_row_product
-from qcompiler.backends.reference import quantize_bias
 from qcompiler.formats import PerChannel, PerTensor, Progressive
 from qcompiler.graph.functions import DynamicActivation, StaticActivation
 
@@ -122,12 +122,12 @@ class _Rewriter:
             rows = () if isinstance(use.weight.spec.granularity, PerTensor) else (use.weight.rows,)
             node.replace_input_with(2, emit.constant(np.zeros(rows, np.int8), "zero"))
         if use.is_product:
-            gemm = use.node if use.node.op_type == "Gemm" else _merged_with_add(self.form.model.graph, use)
+            gemm = use.node if use.node.op_type == "Gemm" else merged_with_add(self.form.model.graph, use)
             if gemm is not None:
-                _integer_bias(self.form.model, gemm, use, lift)
+                integer_bias(self.form.model, gemm, use, lift)
             expected["QLinearMatMul|MatMulIntegerToFloat" if gemm is None else "QGemm"] += 1
-        elif _is_quantized_next(use.node.outputs[0]):
-            _integer_bias(self.form.model, use.node, use, lift)
+        elif is_quantized_next(use.node.outputs[0]):
+            integer_bias(self.form.model, use.node, use, lift)
             expected["QLinearConv"] += 1
         return "integer"
 
@@ -249,42 +249,6 @@ def _int8_rows(use: QuantizedOperation) -> DynamicActivation | None:
     return found if isinstance(found, DynamicActivation) and found.is_int8 else None
 
 
-def _merged_with_add(graph: ir.Graph, use: QuantizedOperation) -> ir.Node | None:
-    """MatMul of a matrix and its Add as one Gemm, or None if there is no such Add.
-
-    ONNX Runtime does the same by itself, but with a float bias, and then fails to make QGemm of it.
-    """
-    node, uses = use.node, tuple(use.node.outputs[0].uses())
-    is_matrix = use.data.shape is not None and len(use.data.shape) == 2
-    if not is_matrix or len(uses) != 1 or uses[0][0].op_type != "Add" or node.outputs[0].is_graph_output():
-        return None
-    add, index = uses[0]
-    bias = add.inputs[1 - index]
-    constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
-    if constant is None or constant.size != use.weight.rows:
-        return None
-    gemm = ir.node("Gemm", [*node.inputs, bias], name=node.name, outputs=[ir.val(None)])
-    graph.insert_before(add, [gemm])
-    replace_output(graph, add, gemm.outputs[0])
-    graph.remove(node, safe=True)
-    return gemm
-
-
-def _integer_bias(model: ir.Model, node: ir.Node, use: QuantizedOperation, lift: int) -> None:
-    """The bias of a Gemm or Conv as int32 on the accumulator's scale: without that ONNX Runtime does not fuse it."""
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
-    if constant is None or not isinstance(use.activation, StaticActivation):
-        return
-    emit = Emitter(model, node, f"{use.label}_bias")
-    step = use.weight.scale[:, 0] * np.float32(use.activation.scale / lift)
-    scale = np.broadcast_to(step, (use.weight.rows,))
-    codes = quantize_bias(constant.numpy().reshape(-1), scale)
-    zero = emit.constant(np.zeros(scale.shape, np.int32), "zero")
-    inputs = emit.constant(codes, "codes"), emit.constant(scale, "scale"), zero
-    node.replace_input_with(2, emit.node("DequantizeLinear", *inputs, axis=0))
-
-
 def _is_integer(use: QuantizedOperation) -> bool:
     """Whether ONNX Runtime fuses Q/DQ around this operation."""
     plain = not use.is_product or _is_plain(use)
@@ -306,12 +270,3 @@ def _is_plain(use: QuantizedOperation) -> bool:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     constant = ir.convenience.get_const_tensor(bias) if bias is not None else None
     return all(f == 1 for f in factors) and (bias is None or (constant is not None and constant.size == weight.rows))
-
-
-def _is_quantized_next(value: ir.Value) -> bool:
-    """Whether every path from here reaches a QuantizeLinear, through activations that ONNX Runtime absorbs."""
-    nodes = [node for node, _ in value.uses()]
-    return bool(nodes) and all(
-        node.op_type == "QuantizeLinear" or (node.op_type in ("Relu", "Clip") and _is_quantized_next(node.outputs[0]))
-        for node in nodes
-    )

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.errors import PassRefused
+from qcompiler.errors import NotFinite, PassRefused
 from qcompiler.formats.base import Floats
 from qcompiler.formats.fit import Method, quantize
 from qcompiler.graph.sites import Site, find_sites
@@ -60,7 +60,10 @@ class Nearest(Pass):
             if self.importance == "moments":
                 weights = _moments(model, part, self.samples)
             for site in progress.track(part, "Rounding"):
-                model.weights[site.name] = quantize(site.matrix(), specs[site], self.clipping, weights(site))
+                try:
+                    model.weights[site.name] = quantize(site.matrix(), specs[site], self.clipping, weights(site))
+                except NotFinite as error:
+                    raise NotFinite(error.what, site.name, error.fix) from error
         return PassReport(self.registered_name(), len(specs))
 
     def _importance(self, model: Model, sites: list[Site], progress: Progress) -> Callable[[Site], Floats | None]:

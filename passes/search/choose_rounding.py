@@ -92,8 +92,7 @@ class ChooseRounding(Pass):
             except QcompilerError as reason:
                 if not chains:
                     raise
-                refused.append(Refusal(getattr(reason, "where", "") or model.name, f"{text}: {reason.what}"))
-                progress.note(f"choose-rounding: no {text}: {reason}")
+                refused.append(_left_out(text, reason, model, progress))
         return chains, refused
 
 
@@ -136,8 +135,7 @@ class _Chain:
         except QcompilerError as reason:
             if not self.trials:
                 raise
-            self.refused.append(Refusal(reason.where or start.name, f"{steps[-1]}: {reason.what}"))
-            self.progress.note(f"choose-rounding: no {steps[-1]}: {reason}")
+            self.refused.append(_left_out(steps[-1], reason, start, self.progress))
             return
         trial = self._trial(steps, work, began)
         if trial.loss < self.least.loss or not self.trials or self.judge is None:
@@ -166,3 +164,9 @@ class _Chain:
         report = item.run(work, self.progress)
         spill(work, start)
         return work, report
+
+
+def _left_out(text: str, reason: QcompilerError, model: Model, progress: Progress) -> Refusal:
+    """Tell the user which step could not be had, and keep it for the report."""
+    progress.note(f"choose-rounding: no {text}: {reason}")
+    return Refusal(reason.where or model.name, f"{text}: {reason.what}")

@@ -119,8 +119,8 @@ class ChooseTransforms(Pass):
     def _transformed(self, model: Model, steps: _Steps, progress: Progress) -> list[PassReport]:
         """Apply steps; those that ask for formats are told those of the stand-in."""
         before, reports = model.plan, list[PassReport]()
+        model.plan = self._stand_in(model)
         for item in steps_of(self, steps).values():
-            model.plan = self._stand_in(model)
             item.requires(model)
             reports.append(item.run(model, progress))
         model.plan = before

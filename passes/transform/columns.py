@@ -62,14 +62,18 @@ def factors_of(fold: Fold, site: Site, numbers: Doubles) -> Doubles:
     return np.asarray(site.to_matrix(tensor), np.float64)
 
 
+def probe(fold: Fold) -> Doubles:
+    """Scales float64 [channels], different wherever ties let them be."""
+    return fold.tied(1.0 + np.arange(fold.size) / fold.size, lambda group: float(group[0]))
+
+
 def readers_of(fold: Fold, sites: Iterable[Site]) -> list[Site]:
     """The sites whose columns a fold scales: those that are multiplied differently within a row."""
     weights = {edit.constant.value for edit in fold.region.edits.values()}
-    probe = fold.tied(1.0 + np.arange(fold.size) / fold.size, lambda group: float(group[0]))
-    found: list[Site] = []
+    found, numbers = list[Site](), probe(fold)
     for site in sites:
         if site.weight in weights and site.columns > 1:
-            factors = factors_of(fold, site, probe)
+            factors = factors_of(fold, site, numbers)
             if (factors != factors[:, :1]).any():
                 found.append(site)
     return found

@@ -13,7 +13,7 @@ from qcompiler.formats.base import Floats
 from qcompiler.graph.folds import Fold
 from qcompiler.model import Model
 from qcompiler.passes.transform.branching import Readers
-from qcompiler.passes.transform.columns import Doubles, factors_of, readers_of
+from qcompiler.passes.transform.columns import Doubles, factors_of, probe, readers_of
 from qcompiler.passes.transform.factors import Metric, Rounding, approximate
 from qcompiler.passes.transform.inputs import channel_reach, find_folds
 from qcompiler.passes.transform.row_error import RowError, with_rows
@@ -100,8 +100,7 @@ def _accept(groups: Iterable[Readers]) -> Callable[[Fold], str | None]:
             return "the scales would not be of columns of a weight with a branch"
         if taken.intersection(read):
             return "a weight that reads it has scales for another value"
-        probe = fold.tied(1.0 + np.arange(fold.size) / fold.size, lambda group: float(group[0]))
-        if any(_columns(fold, group, probe) is None for group in read):
+        if any(_columns(fold, group, probe(fold)) is None for group in read):
             return "it would scale rows of the same weights"
         taken.update(read)
         return None

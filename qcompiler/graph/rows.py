@@ -7,11 +7,10 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 
-ROWS_BODY = """
+_BODY = """
   magnitude = Abs (x)
   last = Constant <value_ints: ints = [-1]> ()
-  reach = ReduceMax <keepdims = 1> (magnitude, last)
-  limit = Constant <value_float: float = 127.0> ()
+{reach}
   step = Div (reach, limit)
   nothing = Constant <value_float: float = 0.0> ()
   one = Constant <value_float: float = 1.0> ()
@@ -19,28 +18,22 @@ ROWS_BODY = """
   scale = Where (empty, one, step)
   ratio = Div (x, scale)
   nearest = Round (ratio)
-  lowest = Constant <value_float: float = -127.0> ()
+  lowest = {lowest}
   code = Clip (nearest, lowest, limit)
   y = Mul (code, scale)
 """
-ROWS_TO_BODY = """
-  magnitude = Abs (x)
-  last = Constant <value_ints: ints = [-1]> ()
-  whole = ReduceMax <keepdims = 1> (magnitude, last)
+ROWS_BODY = _BODY.format(
+    reach="""  reach = ReduceMax <keepdims = 1> (magnitude, last)
+  limit = Constant <value_float: float = 127.0> ()""",
+    lowest="Constant <value_float: float = -127.0> ()",
+)
+ROWS_TO_BODY = _BODY.format(
+    reach="""  whole = ReduceMax <keepdims = 1> (magnitude, last)
   share = Constant <value_float: float = @clip> ()
   reach = Mul (whole, share)
-  limit = Constant <value_float: float = @limit> ()
-  step = Div (reach, limit)
-  nothing = Constant <value_float: float = 0.0> ()
-  one = Constant <value_float: float = 1.0> ()
-  empty = Equal (step, nothing)
-  scale = Where (empty, one, step)
-  ratio = Div (x, scale)
-  nearest = Round (ratio)
-  lowest = Neg (limit)
-  code = Clip (nearest, lowest, limit)
-  y = Mul (code, scale)
-"""
+  limit = Constant <value_float: float = @limit> ()""",
+    lowest="Neg (limit)",
+)
 
 
 def row_limit(bits: int) -> int:

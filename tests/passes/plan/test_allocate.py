@@ -1,157 +1,28 @@
-"""Allocate and Uniform with a made-up target and made-up losses: everything else is real."""
+"""Allocate with a made-up target and made-up losses: everything else is real."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler import registry
 from qcompiler.budget import bits_per_weight, parse_budget, stored_bytes
 from qcompiler.errors import BadOption, BudgetInfeasible, PassRefused
 from qcompiler.formats import Int, PerChannel, PerGroup, QuantSpec
 from qcompiler.graph.sites import Site, find_sites
-from qcompiler.measure.sensitivity import Sensitivity
-from qcompiler.model import Model
 from qcompiler.passes.plan.allocate import Allocate
-from qcompiler.passes.plan.candidates import Menu, menu, shortlist, site_bits
-from qcompiler.passes.plan.uniform import Uniform
+from qcompiler.passes.plan.candidates import menu, shortlist, site_bits
 from qcompiler.pipeline import Pipeline
 from qcompiler.plan import Plan, SitePlan
-from qcompiler.progress import Progress, Silent
-from qcompiler.target import Compiled, Runnable
+from qcompiler.progress import Silent
+from tests.passes.plan.made_up import Measured, Target, model, run, shrunk, use_target
 
 FIND = registry.find
-
-
-def model() -> Model:
-    """q, k, v read x; their sum (k and v padded by Concat) goes through out and wide."""
-    rng = np.random.default_rng(0)
-    shapes = {"q": (64, 64), "k": (64, 32), "v": (64, 32), "out": (64, 64), "wide": (64, 256)}
-    arrays = {f"{n}.weight": rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
-    arrays["shift"] = rng.normal(size=64).astype(np.float32)
-    nodes = [helper.make_node("MatMul", ["x", f"{n}.weight"], [n], name=n) for n in "qkv"]
-    nodes += [
-        helper.make_node("Concat", ["k", "v"], ["kv"], axis=-1, name="concat"),
-        helper.make_node("Add", ["q", "kv"], ["sum"], name="sum"),
-        helper.make_node("Add", ["sum", "shift"], ["sum2"], name="shift_it"),
-        helper.make_node("MatMul", ["sum2", "out.weight"], ["o"], name="out"),
-        helper.make_node("MatMul", ["o", "wide.weight"], ["y"], name="wide"),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "attention",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 256])],
-        [numpy_helper.from_array(v, k) for k, v in arrays.items()],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return Model(ir.from_proto(proto), name="attention")
-
-
-@dataclass
-class Target:
-    """Groups of 32, dynamic activations first; nothing of 7 bits; what `float_sites` names stays float."""
-
-    name: str = "made-up"
-    float_sites: tuple[str, ...] = ()
-    ties: str = "none"
-
-    def candidates(self, site: Site, bits: Sequence[int]) -> list[SitePlan]:
-        if site.name in self.float_sites:
-            return []
-        specs = [QuantSpec(Int(b), PerGroup(32)) for b in bits if b != 7]
-        return [SitePlan(s, a) for s in specs for a in ("dynamic", "float")]  # type: ignore[arg-type]
-
-    def supports(self, site: Site, plan: SitePlan) -> str | None:
-        if site.name in self.float_sites:
-            return "it has no kernel for this"
-        if plan.activation == "static":
-            return "it has no static kernels"
-        return None
-
-    def compile(self, model: Model, folder: Path, progress: Progress) -> Compiled:
-        raise NotImplementedError
-
-    def load(self, folder: Path) -> Runnable:
-        raise NotImplementedError
-
-
-class Measured:
-    """Stands for qcompiler.measure.sensitivity: loss = importance * 4^-bits, a little less for small groups."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[list[str], list[list[SitePlan]], dict[str, Any]]] = []
-        self.importance = {"q": 1.0, "k": 100.0, "v": 0.01, "out": 3.0, "wide": 1.0}
-        self.override: dict[str, float] = {}
-        self.direction: dict[str, np.ndarray] = {}  # of the change of the output; none: orthogonal to all others
-        self.truth: Callable[[np.ndarray], float] | None = None  # of a choice, if not what is predicted
-
-    def __call__(self, model: Model, sites: list[Site], candidates: list[list[SitePlan]], **options: Any) -> Any:
-        self.calls.append(([s.name for s in sites], candidates, options))
-        loss = tuple(np.array([self.loss(s, p) for p in row]) for s, row in zip(sites, candidates, strict=True))
-        sketches = tuple(
-            np.outer(np.sqrt(row), self.direction.get(s.name, np.zeros(16))) for s, row in zip(sites, loss, strict=True)
-        )
-        names, specs = tuple(s.name for s in sites), tuple(tuple(p.weight for p in row) for row in candidates)
-        return Sensitivity(names, specs, loss, tuple(row / 10 for row in loss), sketches, "full", {}, 16, 30, 1.0)
-
-    def loss(self, site: Site, plan: SitePlan) -> float:
-        assert plan.weight is not None
-        spec = plan.weight
-        size = spec.granularity.group_size(site.columns)
-        if site.name in self.override:
-            return self.override[site.name]
-        return self.importance[site.name] * float(4.0**-spec.bits * size**0.25)
-
-
-class Truth:
-    """Stands for qcompiler.measure.true_loss: what was predicted, unless something else is true."""
-
-    used = 16
-
-    def __init__(self, measured: Measured, model: Model, menus: Sequence[Menu], used: int) -> None:
-        self.measured, self.sites, self.plans = measured, [m.site for m in menus], [m.plans for m in menus]
-
-    def losses(self, choices: Sequence[np.ndarray]) -> np.ndarray:
-        return np.array([self.loss(choice) for choice in choices])
-
-    def loss(self, choice: np.ndarray) -> float:
-        if self.measured.truth is not None:
-            return self.measured.truth(choice)
-        chosen = [row[o] for row, o in zip(self.plans, choice, strict=True)]
-        return sum(self.measured.loss(s, p) for s, p in zip(self.sites, chosen, strict=True))
-
-    def difference(self, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-        return self.loss(first) - self.loss(second), 0.0
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
-    measured = Measured()
-    monkeypatch.setattr("qcompiler.passes.plan.losses.sensitivities", measured)
-    monkeypatch.setattr("qcompiler.passes.plan.allocate.judge", lambda *given: (Truth(measured, *given), 0.0))
-    use_target(monkeypatch, Target())
-    return measured
-
-
-def use_target(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
-    real = registry.find
-    monkeypatch.setattr(
-        registry, "find", lambda kind, name: (lambda: target) if kind == "backends" else real(kind, name)
-    )
-
-
-def run(allocate: Allocate | Uniform, on: Model | None = None) -> tuple[Model, Any]:
-    on = on or model()
-    return on, allocate.run(on, Silent())
 
 
 @pytest.mark.parametrize("budget", ["2.5bits", "3bits", "3.5bits", "4.123bits", "5bits", "8bits", "40bits"])
@@ -352,15 +223,6 @@ def test_tied_sites_share_a_decision(measured: Measured, monkeypatch: pytest.Mon
     assert free.plan.solution["predicted_loss"] < done.plan.solution["predicted_loss"]
 
 
-def shrunk(name: str, factor: float) -> Model:
-    """The model, one of its weights multiplied."""
-    small = model()
-    value = small.graph.initializers[f"{name}.weight"]
-    assert value.const_value is not None
-    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(factor), name=value.name)
-    return small
-
-
 @pytest.mark.parametrize("factor", [1e-12, 2e-4])  # all widths need float32 scales, or 8 bits alone
 def test_tied_sites_share_the_wider_scales(measured: Measured, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     use_target(monkeypatch, Target(ties="inputs"))
@@ -372,14 +234,6 @@ def test_tied_sites_share_the_wider_scales(measured: Measured, monkeypatch: pyte
     assert str(plans["q"].weight) == "int8-sym-g32-fp32"
     assert str(plans["out"].weight).endswith("fp16")
     assert not [r for r in report.refused if "not tied" in r.reason]
-
-
-def test_uniform_takes_wider_scales_where_it_must_and_says_so() -> None:
-    small = shrunk("k", 1e-12)
-    report = Uniform("int8-sym-channel-fp16").run(small, Silent())
-    wide = [name for name, plan in small.plan.sites.items() if plan.weight and plan.weight.scale_dtype == "float32"]
-    assert wide == ["k"]
-    assert [r.where for r in report.refused if "float32 scales" in r.reason] == ["k"]
 
 
 def test_group_sizes_are_a_choice(measured: Measured) -> None:
@@ -466,24 +320,6 @@ def test_a_model_without_sites_gets_an_empty_plan(measured: Measured) -> None:
     done, report = run(Allocate("4bits", keep=("*",)), empty)
     assert (dict(done.plan.sites), report.changed) == ({}, 0)
     assert done.plan.solution["curve"] == []
-
-
-def test_uniform_gives_everyone_the_same_and_says_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_target(monkeypatch, Target(float_sites=("out",)))
-    done, report = run(Uniform("int4-sym-g32-fp16", activation="static", keep=("v",)))
-    assert {str(p.weight) for p in done.plan.sites.values()} == {"int4-sym-g32-fp16"}
-    assert sorted(done.plan.sites) == ["k", "q", "wide"]
-    assert {p.activation for p in done.plan.sites.values()} == {"float"}
-    reasons = {r.reason for r in report.refused if r.where == "out"}
-    assert reasons == {"activations stay float: it has no kernel for this", "stays float: it has no kernel for this"}
-    assert report.changed == 3
-    assert report.metrics["bits_per_weight"] == bits_per_weight(done)
-
-
-@pytest.mark.parametrize("options", [{"spec": "float9"}, {"activation": "int8"}, {"embeddings": "nf4"}])
-def test_uniform_refuses_meaningless_options(options: dict[str, Any]) -> None:
-    with pytest.raises(BadOption):
-        Uniform(**options)
 
 
 @dataclass

@@ -10,8 +10,11 @@ from onnx import TensorProto, helper, numpy_helper
 from qcompiler.calibration import Calibration
 from qcompiler.formats import QuantSpec, parse_spec
 from qcompiler.graph.sites import find_sites
+from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
+from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.plan import ActivationMode, Plan, SitePlan
+from qcompiler.progress import Silent
 
 
 def build(
@@ -85,3 +88,13 @@ def planned(model: Model, spec: str | QuantSpec, activation: ActivationMode = "f
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     model.plan = Plan({site.name: SitePlan(spec, activation) for site in find_sites(model.ir)})
     return model
+
+
+def relative_error(model: Model) -> float:
+    """Of a rounded model when it is lowered, on its calibration data: squares relative to the power of the output."""
+    assert model.calibration is not None
+    lowered = model.clone()
+    InsertQDQ().run(lowered, Silent())
+    exact, found = Runner(model.ir), Runner(lowered.ir)
+    pairs = [(*exact(feed).values(), *found(feed).values()) for feed in model.calibration.batches(16)]
+    return sum(float(np.square(a - b).sum()) for a, b in pairs) / sum(float(np.square(a).sum()) for a, _ in pairs)

@@ -19,7 +19,7 @@ from qcompiler.passes.round.nearest import Nearest
 from qcompiler.passes.round.streams import Streams, calibration_feeds
 from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Silent
-from tests.passes.round.small_models import build, mlp, planned
+from tests.passes.round.small_models import build, mlp, planned, relative_error
 
 SPEC = "int4-sym-channel-fp32"
 
@@ -29,16 +29,6 @@ def narrow(bits: int = 4, clip: float = 1.0) -> Model:
     plans = {n: replace(p, activation_bits=bits, activation_clip=clip) for n, p in model.plan.sites.items()}
     model.plan = Plan(plans)
     return model
-
-
-def error(model: Model) -> float:
-    """Of the lowered model on its calibration data, relative to the power of the output."""
-    assert model.calibration is not None
-    lowered = model.clone()
-    InsertQDQ().run(lowered, Silent())
-    exact, found = Runner(model.ir), Runner(lowered.ir)
-    pairs = [(exact(feed)["y"], found(feed)["y"]) for feed in model.calibration.batches(16)]
-    return sum(float(np.square(a - b).sum()) for a, b in pairs) / sum(float(np.square(a).sum()) for a, _ in pairs)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.9])
@@ -79,7 +69,7 @@ def test_gptq_makes_up_for_the_error_of_rows(bits: int) -> None:
     GPTQ().run(aware, Silent())
     GPTQ().run(blind, Silent())
     blind.plan = aware.plan
-    assert error(aware) < 0.97 * error(blind)
+    assert relative_error(aware) < 0.97 * relative_error(blind)
 
 
 def test_products_that_read_one_value_at_two_widths_do_not_share_a_hessian() -> None:
@@ -88,7 +78,7 @@ def test_products_that_read_one_value_at_two_widths_do_not_share_a_hessian() -> 
     both = model.plan.with_sites({name: SitePlan(model.plan.sites[name].weight, "dynamic")})
     model.plan = both
     GPTQ().run(model, Silent())
-    assert np.isfinite(error(model))
+    assert np.isfinite(relative_error(model))
 
 
 def test_the_twin_rounds_rows_and_lets_gradients_pass() -> None:
@@ -113,9 +103,9 @@ def test_reconstruction_learns_with_rounded_rows() -> None:
     pytest.importorskip("torch")
     model = narrow(4)
     Nearest().run(model, Silent())
-    before = error(model)
+    before = relative_error(model)
     AdaQuant(steps=60).run(model, Silent())
-    assert error(model) < before
+    assert relative_error(model) < before
 
 
 def test_bias_correction_gives_back_what_clipped_rows_take() -> None:
@@ -128,6 +118,6 @@ def test_bias_correction_gives_back_what_clipped_rows_take() -> None:
     plans = {n: replace(p, activation_bits=4, activation_clip=0.5) for n, p in model.plan.sites.items()}
     model.plan = Plan(plans)
     Nearest().run(model, Silent())
-    before = error(model)
+    before = relative_error(model)
     BiasCorrection().run(model, Silent())
-    assert error(model) < 0.3 * before
+    assert relative_error(model) < 0.3 * before

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompiler.budget import lowered_bytes, stored_bytes
 from qcompiler.calibration import Calibration
-from qcompiler.errors import BadOption, PassRefused
+from qcompiler.errors import BadOption, NotFinite, PassRefused
 from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
@@ -57,6 +58,15 @@ def test_importance_lowers_the_output_error(spec: str) -> None:
         Nearest(importance=importance).run(model, Silent())
         errors.append(error(model))
     assert errors[1] < errors[0]
+
+
+def test_moments_that_overflow_name_the_site() -> None:
+    model = planned(mlp(), "int4-sym-g8-fp32")
+    value = model.graph.initializers["fc1.weight"]
+    assert value.const_value is not None
+    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1e30), name=value.name)
+    with pytest.raises(NotFinite, match="fc2: importance must be finite"), np.errstate(over="ignore", invalid="ignore"):
+        Nearest(importance="moments").run(model, Silent())
 
 
 def test_nearest_importance_reaches_convolutions() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx_ir as ir
 from onnx import helper
 
+import qcompiler as qc
+from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
 from tests.passes.round.small_models import build
 
@@ -46,3 +51,22 @@ def gated(outliers: float = 1.0, *, samples: int = 24, seed: int = 0, share: flo
     ]
     x = rng.standard_normal((samples, 8, WIDTH)).astype(np.float32)
     return build(nodes, weights, {"x": ["batch", 8, WIDTH]}, ["y"], {"x": x})
+
+
+def artifact_error(model: Model, pipeline: str, target: str, folder: Path) -> float:
+    """Squared error of a model's artifact on the first samples, relative to the power of its output.
+
+    Args:
+        model: with calibration data, which it is compiled with; compiling verifies the artifact.
+        pipeline: TOML.
+        target: name of a backend.
+        folder: to write to.
+    """
+    (folder / "pipeline.toml").write_text(pipeline)
+    ir.save(model.ir, folder / "small.onnx")
+    assert model.calibration is not None
+    data = list(model.calibration.batches(2))
+    qc.compile(folder / "small.onnx", target, None, data, folder / "pipeline.toml", output=folder / "small.qc")
+    exact = Runner(model.ir)(data[0])["y"]
+    found = qc.load(folder / "small.qc").run(data[0])["y"]
+    return float(np.square(found - exact).sum() / np.square(exact).sum())

@@ -9,7 +9,6 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.formats import parse_spec
 from qcompiler.graph.folds import Fold
@@ -25,23 +24,14 @@ from qcompiler.passes.transform.inputs import find_folds, layer_inputs
 from qcompiler.passes.transform.output_error import judged
 from qcompiler.passes.transform.smooth import Smooth
 from qcompiler.passes.transform.smooth_plus import SmoothPlus
-from qcompiler.pipeline import Pass, PassReport, Pipeline
+from qcompiler.pipeline import Pass, Pipeline
 from qcompiler.progress import Silent
-from tests.graph.architectures import ARCHITECTURES, feeds_for, inject_outliers
+from tests.graph.architectures import ARCHITECTURES
 from tests.passes.round.small_models import build, cnn, mlp
+from tests.passes.transform.loud import loud_model, run
 
 SPEC = "int3-sym-g4-fp32"
 PASSES: list[Any] = [AWQ, SmoothPlus, DualScale]
-
-
-def model_of(name: str) -> Model:
-    graph = ARCHITECTURES[name]()
-    inject_outliers(graph)
-    return Model(graph, calibration=Calibration.from_arrays(feeds_for(graph, batch=8), graph))
-
-
-def run(model: Model, item: Pass) -> PassReport:
-    return Pipeline([item]).run(model)[0]
 
 
 def total_error(model: Model) -> dict[str, float]:
@@ -55,13 +45,13 @@ def total_error(model: Model) -> dict[str, float]:
 @pytest.mark.parametrize("item", [AWQ(SPEC, grid=4), SmoothPlus(SPEC, "all"), DualScale(SPEC, "all", 2)], ids=str)
 def test_the_function_is_kept_everywhere(name: str, item: Pass) -> None:
     """The Pipeline checks it, on the data and on outliers."""
-    report = run(model_of(name), item)
+    report = run(loud_model(name), item)
     assert report.changed or report.refused
     assert all(refusal.reason for refusal in report.refused)
 
 
 def test_awq_finds_channels_that_stand_out_and_never_raises_the_error() -> None:
-    model = model_of("llama-gqa")
+    model = loud_model("llama-gqa")
     run(model, Uniform(SPEC, embeddings="float"))
     report = run(model, AWQ())
     found = report.metrics["strength_and_error"]
@@ -71,7 +61,7 @@ def test_awq_finds_channels_that_stand_out_and_never_raises_the_error() -> None:
 
 
 def test_scales_are_centred_and_tied_in_the_heads_of_a_group() -> None:
-    model = model_of("llama-gqa")
+    model = loud_model("llama-gqa")
     folds, _ = find_folds(model, layer_inputs(model), lambda _: None)
     values = [fold for fold in folds if len(np.unique(fold.ties)) < fold.size and fold.free.all()]
     assert values  # attention outputs: two query heads share the channels of a key-value head
@@ -87,7 +77,7 @@ def test_scales_are_centred_and_tied_in_the_heads_of_a_group() -> None:
 @pytest.mark.parametrize("importance", ["none", "activations", "moments"])
 def test_the_error_that_was_promised_is_the_one_that_nearest_makes(importance: Any) -> None:
     """Where all readers of a value have one format, scales of no other value change their weights' columns."""
-    model = model_of("opt")
+    model = loud_model("opt")
     run(model, Uniform(SPEC, embeddings="float"))
     item = DualScale(sites="all", rounds=4, importance=importance)
     plain = model.clone()
@@ -127,7 +117,7 @@ def test_the_scale_of_a_column_is_the_best_for_its_codes() -> None:
     """The closed form, against least squares."""
     from qcompiler.passes.transform.dual_scale import _Entries
 
-    model = model_of("opt")
+    model = loud_model("opt")
     specs = {s: parse_spec(SPEC) for s in find_sites(model.ir) if s.op != "Gather"}
     folds, _ = find_folds(model, layer_inputs(model), lambda _: None)
     fold, judges = next(iter(judged(model, folds, specs, Silent(), 1 << 20)))
@@ -159,7 +149,7 @@ def test_a_dual_scale_gains_where_columns_differ_and_not_on_gaussian_ones(
 
 
 def test_one_strength_for_the_whole_model_is_never_worse_than_none() -> None:
-    model = model_of("opt")
+    model = loud_model("opt")
     run(model, Uniform(SPEC, embeddings="float"))
     plain = model.clone()
     report = run(model, SmoothPlus())
@@ -172,7 +162,7 @@ def test_one_strength_for_the_whole_model_is_never_worse_than_none() -> None:
 
 
 def test_nothing_is_smoothed_where_that_only_hurts() -> None:
-    model = model_of("opt")
+    model = loud_model("opt")
     run(model, Uniform("int8-sym-g4-fp32", embeddings="float"))
     for site in find_sites(model.ir):
         if site.op != "Gather":  # every weight is on the grid already: any scale makes errors
@@ -192,7 +182,7 @@ def test_a_model_without_folds_is_left_alone_and_says_why() -> None:
 
 @pytest.mark.parametrize("kind", PASSES)
 def test_what_is_asked_for_must_mean_something(kind: Any) -> None:
-    model = model_of("opt")
+    model = loud_model("opt")
     with pytest.raises(BadOption, match="neither a plan nor an option"):
         run(model, kind())
     with pytest.raises(BadOption, match="does not exist"):
@@ -211,12 +201,12 @@ def test_what_is_asked_for_must_mean_something(kind: Any) -> None:
                                   SmoothPlus(SPEC, samples=-1), SmoothPlus(SPEC, "some")], ids=str)  # fmt: skip
 def test_options_out_of_range_are_errors(item: Pass) -> None:
     with pytest.raises(BadOption):
-        run(model_of("opt"), item)
+        run(loud_model("opt"), item)
 
 
 @pytest.mark.parametrize("item", [AWQ(SPEC, grid=4), DualScale(SPEC, "all", 3)], ids=str)
 def test_dead_channels_keep_their_scale(item: Pass) -> None:
-    model = model_of("opt")
+    model = loud_model("opt")
     norm = next(n for n in model.graph if n.op_type == "LayerNormalization")
     for value in norm.inputs[1:3]:
         assert value is not None
@@ -238,7 +228,7 @@ def test_options_survive_toml() -> None:
 
 
 def test_effects_on_columns_are_what_the_fold_does() -> None:
-    model = model_of("mobilenet-relu")
+    model = loud_model("mobilenet-relu")
     sites = [s for s in find_sites(model.ir) if s.op != "Gather"]
     folds, _ = find_folds(model, layer_inputs(model), lambda _: None)
     assert folds
@@ -255,7 +245,7 @@ def test_effects_on_columns_are_what_the_fold_does() -> None:
 
 
 def test_scales_under_which_a_weight_overflows_are_refused_and_the_others_folded() -> None:
-    model = model_of("opt")
+    model = loud_model("opt")
     folds, _ = find_folds(model, layer_inputs(model), lambda _: None)
     first, second = folds[:2]
     before = {site.name: site.matrix() for site in find_sites(model.ir)}

@@ -29,23 +29,13 @@ from qcompiler.passes.transform.channel_order import ChannelOrder
 from qcompiler.passes.transform.join_panels import JoinPanels
 from qcompiler.passes.transform.pca_split import PCASplit
 from qcompiler.passes.transform.rotate import Rotate
-from qcompiler.pipeline import Pass, PassReport, Pipeline
+from qcompiler.pipeline import Pass, Pipeline
 from qcompiler.progress import Silent
 from tests.graph.architectures import ARCHITECTURES, LAYERS, WIDTH, Net, feeds_for, inject_outliers
+from tests.passes.transform.loud import loud_model, run
 
 ROTATABLE = ["llama", "llama-gqa", "llama-interleaved", "llama-fused", "qwen", "gemma"]
 ORDER = ChannelOrder(block=4, theta=2.0, most=0.5)
-
-
-def model_of(name: str) -> Model:
-    graph = ARCHITECTURES[name]()
-    inject_outliers(graph)
-    return Model(graph, calibration=Calibration.from_arrays(feeds_for(graph, batch=16), graph))
-
-
-def run(model: Model, *passes: Pass) -> PassReport:
-    """The last report; contracts are checked, with outliers injected into the inputs."""
-    return Pipeline(passes).run(model)[-1]
 
 
 def small(reach: Any, samples: int = 64, seed: int = 0) -> Model:
@@ -85,7 +75,7 @@ def w4a4(high: str = "int8-sym-channel-fp32", **options: Any) -> Uniform:
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 @pytest.mark.parametrize("item", [PCASplit(), PCASplit(share=0.25, append=True), ORDER])
 def test_the_function_stays_or_there_is_a_reason(name: str, item: Pass) -> None:
-    model = model_of(name)
+    model = loud_model(name, 16)
     report = run(model, item)
     onnx.checker.check_model(ir.to_proto(model.ir), full_check=True)
     assert report.changed or report.refused
@@ -97,7 +87,7 @@ def test_the_function_stays_or_there_is_a_reason(name: str, item: Pass) -> None:
 
 @pytest.mark.parametrize("name", ROTATABLE)
 def test_a_stream_is_cut_at_all_its_readers(name: str) -> None:
-    report = run(model_of(name), PCASplit(share=0.25))
+    report = run(loud_model(name, 16), PCASplit(share=0.25))
     (facts,) = report.metrics["streams"].values()
     assert (facts["width"], facts["high"], facts["readers cut"]) == (WIDTH, 4, 5 * LAYERS + 1)
     assert 0.5 < facts["power"] <= 1
@@ -106,14 +96,14 @@ def test_a_stream_is_cut_at_all_its_readers(name: str) -> None:
 @pytest.mark.parametrize("append", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "parallel", "vit"])
 def test_streams_between_layer_norms_once_these_see_no_mean(name: str, append: bool) -> None:
-    report = run(model_of(name), CenterNorms(), PCASplit(share=0.25, append=append))
+    report = run(loud_model(name, 16), CenterNorms(), PCASplit(share=0.25, append=append))
     assert report.changed or any("may hold the number of channels" in r.reason for r in report.refused)
     assert report.changed or append
 
 
 @pytest.mark.parametrize("name", ROTATABLE)
 def test_appended_directions_make_the_stream_wider_and_no_longer(name: str) -> None:
-    model = model_of(name)
+    model = loud_model(name, 16)
     report = run(model, PCASplit(share=0.25, append=True))
     (facts,) = report.metrics["streams"].values()
     assert (facts["width"], facts["high"], facts["readers cut"]) == (WIDTH, 4, 5 * LAYERS + 1)
@@ -128,7 +118,7 @@ def test_appended_directions_make_the_stream_wider_and_no_longer(name: str) -> N
 
 
 def test_only_orthonormal_rows_widen_and_only_streams_without_gains() -> None:
-    model = model_of("llama")
+    model = loud_model("llama", 16)
     stream = find_stream(model.ir, residual_streams(model.ir)[0].values[0])
     assert isinstance(stream, Stream)
     wide = np.concatenate([np.eye(WIDTH), np.zeros((WIDTH, 2))], 1)
@@ -146,7 +136,7 @@ def test_only_orthonormal_rows_widen_and_only_streams_without_gains() -> None:
 
 def test_appended_directions_gain_at_four_bits() -> None:
     """QUAD: less error than rotation alone, with the same bits in what was there."""
-    model = model_of("llama")
+    model = loud_model("llama", 16)
     plain = decibels(model, Rotate(), w4a4(), Nearest())
     for high in ("int8-sym-channel-fp32", "float"):
         assert decibels(model, PCASplit(share=0.25, append=True), w4a4(high), Nearest()) > plain + 1
@@ -163,7 +153,7 @@ def moments(model: Model) -> np.ndarray:
 
 def test_no_other_basis_has_more_power_in_its_first_channels() -> None:
     """Monte Carlo over random bases: what the transform reports is what is there, and none of them has more."""
-    model = model_of("llama")
+    model = loud_model("llama", 16)
     (facts,) = run(model, PCASplit(share=0.25)).metrics["streams"].values()
     found = moments(model)
     assert np.trace(found[:4, :4]) == pytest.approx(facts["power"], rel=1e-3)
@@ -173,7 +163,7 @@ def test_no_other_basis_has_more_power_in_its_first_channels() -> None:
 
 
 def test_power_is_shared_out_within_either_part() -> None:
-    model = model_of("llama")
+    model = loud_model("llama", 16)
     run(model, PCASplit(share=0.5))
     found = moments(model)
     for part in (found[:8, :8], found[8:, 8:]):
@@ -184,7 +174,7 @@ def test_power_is_shared_out_within_either_part() -> None:
 
 def test_two_precisions_beat_one_and_this_basis_any_other() -> None:
     """Less error than rotation alone, and than the same share of the channels of a rotated stream."""
-    model = model_of("llama")
+    model = loud_model("llama", 16)
     rest = ChannelOrder(block=2, theta=0.0, most=0.25)
     plain = decibels(model, Rotate(), w4a4(), Nearest())
     any_channels = decibels(model, Rotate(), rest, w4a4(), Nearest())
@@ -286,7 +276,7 @@ def test_what_is_not_worth_it_or_not_possible_is_said(reach: np.ndarray, item: P
 
 
 def test_matrices_in_panels_are_not_cut_again() -> None:
-    model = model_of("llama")
+    model = loud_model("llama", 16)
     run(model, PCASplit(share=0.25))
     before = len(find_cuts(model.graph, find_sites(model.ir)))
     report = run(model, ChannelOrder(block=2, theta=0.0, most=0.25))
@@ -296,7 +286,7 @@ def test_matrices_in_panels_are_not_cut_again() -> None:
 
 
 def test_dead_streams_and_wrong_options_are_refused() -> None:
-    model = model_of("gemma")
+    model = loud_model("gemma", 16)
     nodes = len(list(model.graph))
     table = model.graph.initializers["embedding.weight"]
     for value in model.graph.initializers.values():
@@ -307,15 +297,15 @@ def test_dead_streams_and_wrong_options_are_refused() -> None:
     assert report.changed == 0
     assert "zero or not finite" in report.refused[0].reason
     assert len(list(model.graph)) == nodes
-    tiny = run(model_of("llama"), PCASplit(share=0.01))
+    tiny = run(loud_model("llama", 16), PCASplit(share=0.01))
     assert "none or all" in tiny.refused[0].reason
     for share in (0.0, 1.0, np.nan):
         with pytest.raises(BadOption):
-            run(model_of("llama"), PCASplit(share=share))
+            run(loud_model("llama", 16), PCASplit(share=share))
     for options in ({"block": 0}, {"theta": -1.0}, {"theta": np.nan}, {"most": 0.0}, {"most": 1.0}, {"order": "x"}):
         with pytest.raises(BadOption):
             ChannelOrder(**options)  # type: ignore[arg-type]
-    model = model_of("llama")
+    model = loud_model("llama", 16)
     model.calibration = None
     for item in (PCASplit(), ORDER):
         with pytest.raises(PassRefused, match="calibration data"):
@@ -323,7 +313,7 @@ def test_dead_streams_and_wrong_options_are_refused() -> None:
 
 
 def test_plans_give_high_panels_more() -> None:
-    model = model_of("llama")
+    model = loud_model("llama", 16)
     run(model, PCASplit(share=0.25))
     w4a4(activation_clip=0.9).run(model, Silent())
     sites = [site for site in find_sites(model.ir) if site.op == "MatMul"]
@@ -349,7 +339,7 @@ def test_panels_of_two_widths_are_not_joined_and_whole_matrices_lose_their_mark(
 
 
 def test_resq_and_comet_compile_and_round_together(tmp_path: Any) -> None:
-    model = model_of("llama")
+    model = loud_model("llama", 16)
     order = ChannelOrder(block=2, theta=0.0, most=0.25)
     Pipeline([PCASplit(share=0.25), order, w4a4(), GPTQ(), InsertQDQ()]).run(model)
     want = Runner(model.ir)(feeds_for(model.ir))

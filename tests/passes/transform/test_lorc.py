@@ -7,7 +7,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-import qcompiler as qc
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.graph.sites import Site, find_sites
@@ -24,7 +23,7 @@ from qcompiler.passes.transform.svdquant import SVDQuant
 from qcompiler.pipeline import Pass, PassReport, Pipeline
 from tests.graph.architectures import ARCHITECTURES, feeds_for, inject_outliers
 from tests.passes.round.small_models import cnn, planned
-from tests.passes.transform.gated import gated
+from tests.passes.transform.gated import artifact_error, gated
 
 SPEC = "int3-sym-g16-fp16"
 
@@ -205,13 +204,4 @@ def test_artifacts(target: str, activation: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
     ranges = '\n[[pass]]\nname = "activation-ranges"\n' if activation == "static" else ""
     text = TOML.format(activation=activation) + ranges + '\n[[pass]]\nname = "insert-qdq"\n'
-    (tmp_path / "lorc.toml").write_text(text)
-    model = gated(20.0)
-    ir.save(model.ir, tmp_path / "small.onnx")
-    assert model.calibration is not None
-    data = list(model.calibration.batches(2))
-    qc.compile(tmp_path / "small.onnx", target, None, data, str(tmp_path / "lorc.toml"),
-               output=str(tmp_path / "small.qc"))  # fmt: skip
-    exact = Runner(model.ir)(data[0])["y"]
-    found = qc.load(tmp_path / "small.qc").run(data[0])["y"]
-    assert np.square(found - exact).sum() < 0.03 * np.square(exact).sum()
+    assert artifact_error(gated(20.0), text, target, tmp_path) < 0.03

@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, MissingExtra, PassRefused
 from qcompiler.formats import parse_spec
 from qcompiler.formats.fit import quantize
@@ -29,8 +28,8 @@ from qcompiler.passes.transform.mobilequant import MobileQuant
 from qcompiler.pipeline import Pipeline
 from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Silent
-from tests.graph.architectures import ARCHITECTURES, feeds_for, inject_outliers
-from tests.passes.round.small_models import mlp, planned
+from tests.passes.round.small_models import mlp, planned, relative_error
+from tests.passes.transform.loud import loud_model
 
 torch = pytest.importorskip("torch")
 
@@ -38,9 +37,7 @@ QUICK = MobileQuant(epochs=1, samples=16)
 
 
 def model_of(name: str, spec: str = "int4-sym-channel-fp32", activation: Any = "static", batch: int = 16) -> Model:
-    graph = ARCHITECTURES[name]()
-    inject_outliers(graph)
-    return planned(Model(graph, name, Calibration.from_arrays(feeds_for(graph, batch=batch), graph)), spec, activation)
+    return planned(loud_model(name, batch), spec, activation)
 
 
 def scaled_twin(model: Model, seed: int = 0) -> tuple[Any, Any, list[Any]]:
@@ -170,16 +167,6 @@ def loud(activation: Any) -> Model:
     return model
 
 
-def error(model: Model) -> float:
-    """Of the model when it is lowered, on its calibration data, relative to the power of the output."""
-    assert model.calibration is not None
-    lowered = model.clone()
-    InsertQDQ().run(lowered, Silent())
-    exact, found = Runner(model.ir), Runner(lowered.ir)
-    pairs = [(*exact(feed).values(), *found(feed).values()) for feed in model.calibration.batches(16)]
-    return sum(float(np.square(a - b).sum()) for a, b in pairs) / sum(float(np.square(a).sum()) for a, _ in pairs)
-
-
 @pytest.mark.parametrize("activation", ["static", "dynamic"])
 def test_outliers_are_learned_away(activation: Any) -> None:
     plain, learned = loud(activation), loud(activation)
@@ -188,7 +175,7 @@ def test_outliers_are_learned_away(activation: Any) -> None:
     for model in (plain, learned):
         Nearest().run(model, Silent())
         ActivationRanges("minmax").run(model, Silent())
-    assert error(learned) < 0.5 * error(plain)
+    assert relative_error(learned) < 0.5 * relative_error(plain)
 
 
 def test_clipping_and_ranges_are_learned_too() -> None:
@@ -198,7 +185,7 @@ def test_clipping_and_ranges_are_learned_too() -> None:
         item = MobileQuant(epochs=epochs, scale_rate=0, share_rate=rate, range_rate=rate, codes=True)
         (report,) = Pipeline([item]).run(model)
         assert report.metrics["kept"] == bool(rate)
-    assert error(learned) < 0.95 * error(begun)
+    assert relative_error(learned) < 0.95 * relative_error(begun)
 
 
 def test_what_does_not_help_is_not_kept() -> None:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.graph.folds import Fold, find_fold
 from qcompiler.graph.sites import find_sites
@@ -14,18 +13,9 @@ from qcompiler.measure.statistics import channel_statistics
 from qcompiler.model import Model
 from qcompiler.passes.transform.scale_fold import ScaleFold
 from qcompiler.passes.transform.smooth import Smooth
-from qcompiler.pipeline import Pass, PassReport, Pipeline
-from tests.graph.architectures import ARCHITECTURES, LAYERS, feeds_for, inject_outliers
-
-
-def model_of(name: str) -> Model:
-    graph = ARCHITECTURES[name]()
-    inject_outliers(graph)
-    return Model(graph, calibration=Calibration.from_arrays(feeds_for(graph, batch=8), graph))
-
-
-def run(model: Model, item: Pass) -> PassReport:
-    return Pipeline([item]).run(model)[0]
+from qcompiler.pipeline import Pass, Pipeline
+from tests.graph.architectures import ARCHITECTURES, LAYERS, feeds_for
+from tests.passes.transform.loud import loud_model, run
 
 
 def ranges(model: Model, value: ir.Value) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +34,7 @@ def first_input(model: Model) -> ir.Value:
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "llama-gqa", "llama-fused", "qwen", "parallel", "vit"])
 def test_every_norm_is_smoothed_and_the_function_kept(name: str) -> None:
-    model = model_of(name)
+    model = loud_model(name)
     norms = LAYERS if name == "parallel" else 2 * LAYERS
     head = 0 if name == "vit" else 1
     report = run(model, Smooth())
@@ -53,13 +43,13 @@ def test_every_norm_is_smoothed_and_the_function_kept(name: str) -> None:
 
 
 def test_a_tied_head_is_refused_with_the_reason() -> None:
-    report = run(model_of("gemma"), Smooth())
+    report = run(loud_model("gemma"), Smooth())
     assert report.changed == 2 * LAYERS
     assert any("is tied" in refusal.reason for refusal in report.refused)
 
 
 def test_a_second_run_changes_nothing_at_half_strength() -> None:
-    model = model_of("llama-gqa")
+    model = loud_model("llama-gqa")
     run(model, Smooth(sites="all"))
     weights = {s.name: s.matrix() for s in find_sites(model.ir)}
     run(model, Smooth(sites="all"))
@@ -70,7 +60,7 @@ def test_a_second_run_changes_nothing_at_half_strength() -> None:
 @settings(max_examples=6, deadline=None)
 @given(st.sampled_from([0.0, 0.3, 0.5, 0.85, 1.0]))
 def test_activations_and_weights_end_where_the_formula_says(strength: float) -> None:
-    model = model_of("opt")
+    model = loud_model("opt")
     value = first_input(model)
     a, w = ranges(model, value)
     run(model, Smooth(strength=strength))
@@ -87,13 +77,13 @@ def test_activations_and_weights_end_where_the_formula_says(strength: float) -> 
 
 
 def test_values_and_gated_mlps_are_smoothed_on_request() -> None:
-    assert run(model_of("llama-gqa"), Smooth(sites="all")).changed == 4 * LAYERS + 1
-    refused = run(model_of("llama-gqa"), Smooth()).refused
+    assert run(loud_model("llama-gqa"), Smooth(sites="all")).changed == 4 * LAYERS + 1
+    refused = run(loud_model("llama-gqa"), Smooth()).refused
     assert {r.reason for r in refused} == {"a layer produces it, not a norm"}
 
 
 def test_a_percentile_keeps_one_token_from_deciding() -> None:
-    plain, robust = model_of("opt"), model_of("opt")
+    plain, robust = loud_model("opt"), loud_model("opt")
     run(plain, Smooth(strength=1))
     run(robust, Smooth(strength=1, percentile=50))
     largest = [channel_statistics(m, [first_input(m).name or ""]) for m in (plain, robust)]
@@ -103,7 +93,7 @@ def test_a_percentile_keeps_one_token_from_deciding() -> None:
 
 
 def test_dead_channels_stay_as_they_are() -> None:
-    model = model_of("opt")
+    model = loud_model("opt")
     norm = next(n for n in model.graph if n.op_type == "LayerNormalization")
     for value in norm.inputs[1:3]:
         assert value is not None
@@ -130,7 +120,7 @@ def test_rounding_after_smoothing_is_better_with_outliers() -> None:
         y = x @ site.matrix().T
         return float(np.linalg.norm(rounded @ site.matrix().T - y) / np.linalg.norm(y))
 
-    model = model_of("opt")
+    model = loud_model("opt")
     gain = next(n for n in model.graph if n.op_type == "LayerNormalization").inputs[1]
     fold = find_fold(model.ir, first_input(model))
     assert isinstance(fold, Fold)
@@ -146,7 +136,7 @@ def test_rounding_after_smoothing_is_better_with_outliers() -> None:
 
 
 def test_scale_folding_levels_the_channels_and_is_frozen_at_power_zero() -> None:
-    model = model_of("llama")
+    model = loud_model("llama")
     value = first_input(model)
     before, _ = ranges(model, value)
     report = run(model, ScaleFold(power=1.0))
@@ -160,7 +150,7 @@ def test_scale_folding_levels_the_channels_and_is_frozen_at_power_zero() -> None
 
 
 def test_scale_folding_is_limited_to_a_factor_of_a_hundred() -> None:
-    model = model_of("opt")
+    model = loud_model("opt")
     fold = find_fold(model.ir, first_input(model))
     assert isinstance(fold, Fold)
     s = np.ones(fold.size)
@@ -174,7 +164,7 @@ def test_scale_folding_is_limited_to_a_factor_of_a_hundred() -> None:
 
 @pytest.mark.parametrize("item", [Smooth(), ScaleFold()])
 def test_refuses_to_run_without_data_or_after_rounding(item: Pass) -> None:
-    model = model_of("opt")
+    model = loud_model("opt")
     model.lowered = True
     with pytest.raises(PassRefused, match="rounded already"):
         item.requires(model)
@@ -187,7 +177,7 @@ def test_refuses_to_run_without_data_or_after_rounding(item: Pass) -> None:
 )
 def test_options_that_mean_nothing_are_errors(item: Pass) -> None:
     with pytest.raises(BadOption):
-        run(model_of("opt"), item)
+        run(loud_model("opt"), item)
 
 
 def test_options_survive_toml() -> None:

@@ -3,29 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.statistics import channel_statistics
 from qcompiler.model import Model
 from qcompiler.passes.transform.smooth_attention import SmoothAttention
-from qcompiler.pipeline import PassReport, Pipeline
-from tests.graph.architectures import ARCHITECTURES, LAYERS, feeds_for, inject_outliers
-
-
-def model_of(name: str) -> Model:
-    graph = ARCHITECTURES[name]()
-    inject_outliers(graph)
-    return Model(graph, calibration=Calibration.from_arrays(feeds_for(graph, batch=8), graph))
-
-
-def run(model: Model, item: SmoothAttention) -> PassReport:
-    return Pipeline([item]).run(model)[0]
+from tests.graph.architectures import ARCHITECTURES, LAYERS
+from tests.passes.transform.loud import loud_model, run
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_keys_are_smoothed_and_the_function_is_kept(name: str) -> None:
-    model = model_of(name)
+    model = loud_model(name)
     report = run(model, SmoothAttention())
     # One matrix makes queries and keys: it cannot absorb a scale and its inverse.
     if name in ("gpt2", "gpt2-tied", "packed"):
@@ -37,7 +26,7 @@ def test_keys_are_smoothed_and_the_function_is_kept(name: str) -> None:
 
 
 def test_the_largest_keys_are_the_square_roots_and_pairs_share_a_scale() -> None:
-    model = model_of("llama-gqa")
+    model = loud_model("llama-gqa")
     key = next(site for site in find_sites(model.ir) if site.name == "0.k")
     name = key.node.outputs[0].name or ""
     before = channel_statistics(model, [name])[name].absmax
@@ -51,7 +40,7 @@ def test_the_largest_keys_are_the_square_roots_and_pairs_share_a_scale() -> None
 
 
 def test_strength_zero_changes_nothing() -> None:
-    model = model_of("opt")
+    model = loud_model("opt")
     before = [site.matrix() for site in find_sites(model.ir)]
     run(model, SmoothAttention(strength=0.0))
     assert all(np.array_equal(a, s.matrix()) for a, s in zip(before, find_sites(model.ir), strict=True))
@@ -59,6 +48,6 @@ def test_strength_zero_changes_nothing() -> None:
 
 def test_options_and_models_that_mean_nothing_are_refused() -> None:
     with pytest.raises(BadOption, match="between 0 and 1"):
-        run(model_of("opt"), SmoothAttention(strength=1.5))
+        run(loud_model("opt"), SmoothAttention(strength=1.5))
     with pytest.raises(PassRefused, match="calibration data"):
         run(Model(ARCHITECTURES["opt"]()), SmoothAttention())

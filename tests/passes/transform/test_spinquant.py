@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.graph.folds import Stream, find_stream
 from qcompiler.graph.sites import find_sites
@@ -21,8 +20,8 @@ from qcompiler.passes.transform.spinquant import SpinQuant
 from qcompiler.pipeline import Pipeline
 from qcompiler.plan import Plan
 from qcompiler.progress import Silent
-from tests.graph.architectures import ARCHITECTURES, feeds_for, inject_outliers
 from tests.passes.round.small_models import planned
+from tests.passes.transform.loud import loud_model
 
 torch = pytest.importorskip("torch")
 
@@ -31,9 +30,7 @@ QUICK = SpinQuant(epochs=1, samples=16)
 
 def model_of(name: str, bits: int = 4, batch: int = 16) -> Model:
     """Weights of 4 bits, rows of activations of so many."""
-    graph = ARCHITECTURES[name]()
-    inject_outliers(graph)
-    model = Model(graph, name, Calibration.from_arrays(feeds_for(graph, batch=batch), graph))
+    model = loud_model(name, batch)
     plans = planned(model, "int4-sym-channel-fp32", "dynamic").plan.sites
     dynamic = {n: replace(p, activation_bits=bits) if p.activation == "dynamic" else p for n, p in plans.items()}
     model.plan = Plan(dynamic)

@@ -29,24 +29,13 @@ from qcompiler.passes.round.nearest import Nearest
 from qcompiler.passes.transform.join_panels import JoinPanels
 from qcompiler.passes.transform.panel_sizes import best_sizes, equal_sizes
 from qcompiler.passes.transform.split_panels import SplitPanels
-from qcompiler.pipeline import Pass, PassReport, Pipeline
+from qcompiler.pipeline import Pass, Pipeline
 from qcompiler.plan import Plan, SitePlan
 from qcompiler.progress import Silent
-from tests.graph.architectures import ARCHITECTURES, feeds_for, inject_outliers
 from tests.passes.round.small_models import build
+from tests.passes.transform.loud import loud_model, run
 
 EQUAL = SplitPanels(align=8, least=16, cut="equal")
-
-
-def model_of(name: str) -> Model:
-    graph = ARCHITECTURES[name]()
-    inject_outliers(graph)
-    return Model(graph, calibration=Calibration.from_arrays(feeds_for(graph, batch=8), graph))
-
-
-def run(model: Model, *passes: Pass) -> PassReport:
-    """The last report; contracts are checked."""
-    return Pipeline(passes).run(model)[-1]
 
 
 def two_layers(spread: float = 8.0, samples: int = 64, hidden: int = 128, kind: str = "MatMul") -> Model:
@@ -83,7 +72,7 @@ def outputs(model: Model, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "llama-fused", "gemma", "parallel", "vit", "mobilenet"])
 def test_the_function_stays_and_joining_is_the_inverse(name: str) -> None:
-    model = model_of(name)
+    model = loud_model(name)
     whole = {site.name: site.matrix() for site in find_sites(model.ir)}
     facts = len(list(model.graph)), set(model.graph.initializers), stored_bytes(model)
     report = run(model, EQUAL)  # the Pipeline compares the functions
@@ -102,7 +91,7 @@ def test_the_function_stays_and_joining_is_the_inverse(name: str) -> None:
 
 
 def test_bytes_of_orders_and_sizes_are_counted() -> None:
-    model = model_of("llama")
+    model = loud_model("llama")
     before = stored_bytes(model)
     panels = run(model, EQUAL).metrics["panels"].values()
     added = sum(4 * sum(p["columns"]) * (p["order"] == "gather") + 8 * len(p["columns"]) for p in panels)
@@ -111,7 +100,7 @@ def test_bytes_of_orders_and_sizes_are_counted() -> None:
 
 
 def test_readers_of_one_value_share_order_and_split() -> None:
-    model = model_of("llama")
+    model = loud_model("llama")
     run(model, EQUAL)
     splits = [node for node in model.graph if node.op_type == "Split" and "split" in (node.name or "")]
     cuts = find_cuts(model.graph, find_sites(model.ir))
@@ -373,7 +362,7 @@ def test_what_is_to_stay_float_stays_whole() -> None:
 
 
 def test_readers_of_one_value_may_be_joined_apart() -> None:
-    model = model_of("llama")
+    model = loud_model("llama")
     run(model, SplitPanels(align=4, least=16, cut="equal"))
     cuts = find_cuts(model.graph, find_sites(model.ir))
     shared = next(cut.split for cut in cuts if sum(c.split is cut.split for c in cuts) > 2)

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from onnx import helper
 
-import qcompiler as qc
 from qcompiler.budget import bits_per_weight, lowered_bytes, stored_bytes
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
@@ -30,17 +28,12 @@ from qcompiler.passes.transform.svd_smoothing import exponents
 from qcompiler.passes.transform.svdquant import SVDQuant
 from qcompiler.pipeline import Pass, PassReport, Pipeline
 from qcompiler.plan import SitePlan
-from tests.graph.architectures import ARCHITECTURES, HEADS, LAYERS, feeds_for, inject_outliers
+from tests.graph.architectures import ARCHITECTURES, HEADS, LAYERS
 from tests.passes.round.small_models import build, cnn, planned
-from tests.passes.transform.gated import WIDTH, gated
+from tests.passes.transform.gated import WIDTH, artifact_error, gated
+from tests.passes.transform.loud import loud_model
 
 SPEC = "int4-sym-g16-fp16"
-
-
-def model_of(name: str) -> Model:
-    graph = ARCHITECTURES[name]()
-    inject_outliers(graph)
-    return Model(graph, name, Calibration.from_arrays(feeds_for(graph, batch=8), graph))
 
 
 def run(model: Model, *passes: Pass) -> list[PassReport]:
@@ -64,7 +57,7 @@ def error(model: Model, *passes: Pass) -> float:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_function_is_kept_on_every_architecture(name: str) -> None:
     """The pipeline holds the pass to its contract, outliers included; what has no branch says why."""
-    model = model_of(name)
+    model = loud_model(name)
     products = [
         s for s in find_sites(model.ir) if s.op in ("MatMul", "Gemm") and len(s.users) == 1 and len(s.shape) == 2
     ]
@@ -92,7 +85,7 @@ def test_outliers_go_into_the_branch_and_activations_are_rounded_finer() -> None
 
 
 def test_readers_of_one_value_share_the_first_product_and_bytes_are_counted() -> None:
-    model = model_of("llama-gqa")
+    model = loud_model("llama-gqa")
     report = run(model, svdquant(rank=2), Uniform(SPEC, embeddings="float"))[0]
     first = [n for n in model.graph.initializers if n.endswith("_branch0")]
     second = [n for n in model.graph.initializers if n.endswith("_branch1")]
@@ -198,7 +191,7 @@ def test_what_can_have_no_branch_is_refused(make: Callable[[], Model], said: str
 
 
 def test_a_second_branch_is_refused_and_so_are_transforms_behind_one() -> None:
-    model = model_of("llama")
+    model = loud_model("llama")
     run(model, svdquant())
     again = run(model, svdquant())[0]
     assert not again.changed
@@ -326,13 +319,4 @@ def test_artifacts_with_branches(target: str, activation: str, tmp_path: Path, m
     if target == "cpu":
         pytest.importorskip("tvm")
     monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "svd.toml").write_text(TOML.format(activation=activation))
-    model = gated(20.0)
-    ir.save(model.ir, tmp_path / "small.onnx")
-    assert model.calibration is not None
-    data = list(model.calibration.batches(2))
-    qc.compile(tmp_path / "small.onnx", target, None, data, str(tmp_path / "svd.toml"),
-               output=str(tmp_path / "small.qc"))  # fmt: skip
-    exact = Runner(model.ir)(data[0])["y"]
-    found = qc.load(tmp_path / "small.qc").run(data[0])["y"]
-    assert np.square(found - exact).sum() < 0.02 * np.square(exact).sum()
+    assert artifact_error(gated(20.0), TOML.format(activation=activation), target, tmp_path) < 0.02
