@@ -231,8 +231,7 @@ class _Search:
 
     def _ends_in_length(self, node: ir.Node) -> None:
         """Squares may only be summed over the channels: that is the length, which a rotation keeps."""
-        out = node.outputs[0]
-        users = list(out.consumers())
+        out, users = node.outputs[0], list(node.outputs[0].consumers())
         sums = all(u.op_type in ("ReduceMean", "ReduceSum") and _reduced(u)[1] for u in users)
         if not users or out.is_graph_output() or not sums:
             raise Unfit(f"a rotation cannot cross {label(node)}")
