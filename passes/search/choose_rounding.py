@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf, nan
 from typing import Any
@@ -23,8 +24,9 @@ _CLOSE = 1.5  # times the least loss: roundings that may still be the best when 
 class ChooseRounding(Pass):
     """Round a plan in several ways, refine what is nearly the best by further steps, and keep what loses least then.
 
-    Rounding to nearest is always among them: what comes out is never worse than that on the samples held back. With too
-    few samples to hold some back, the first rounding and all steps are taken.
+    Rounding to nearest is always among them: what is chosen is never worse than that on the samples held back. Where the
+    chosen steps would have used more samples than were left to fit on, they are taken once more with all of them. With
+    too few samples to hold some back, the first rounding and all steps are taken.
 
     Attributes:
         among: roundings, each from the float weights; options as in "gptq: samples = 24".
@@ -70,6 +72,9 @@ class ChooseRounding(Pass):
             for text, item in steps_of(self, self.after).items():
                 chain.enter(chain.best, (*chain.steps, text), item)
         found = min(ahead, key=lambda chain: chain.least.loss)
+        if judge is not None and self._lacked(found.steps, judge):
+            progress.note("choose-rounding: once more with the samples that were held back")
+            found.again(model, steps_of(self, found.steps).values())
         model.weights, model.bias_shift, model.ranges = found.best.weights, found.best.bias_shift, found.best.ranges
         told = " + ".join(found.steps)
         if judge is not None:
@@ -78,6 +83,11 @@ class ChooseRounding(Pass):
         trials = [trial.to_json() for chain in chains for trial in chain.trials]
         metrics = found.metrics | {"trials": trials, "chosen": told}
         return PassReport(self.registered_name(), len(model.weights), (*refused, *found.refused), metrics)
+
+    def _lacked(self, steps: tuple[str, ...], judge: HeldBack) -> bool:
+        """Whether one of the steps asks for more samples than it could be fitted on in its trial."""
+        wanted = [getattr(item, "samples", 0) for item in steps_of(self, steps).values()]
+        return max(wanted, default=0) > judge.fit.count
 
     def _rounded(self, model: Model, judge: HeldBack | None, progress: Progress) -> tuple[list[_Chain], list[Refusal]]:
         """The model in every rounding, to nearest first; those that could not be had."""
@@ -153,6 +163,14 @@ class _Chain:
         if report.changed:
             self.least = self._trial((*self.steps, text), self.best, began)
             self.trials.append(self.least)
+
+    def again(self, start: Model, items: Iterable[Pass]) -> None:
+        """Take the steps that made the best from the start, with all of its data."""
+        self.judge, self.best, self.metrics, self.refused = None, start, {}, []
+        for item in items:
+            self.best, report = self._taken(self.best, item)
+            self.metrics |= report.metrics
+            self.refused += report.refused
 
     def _trial(self, steps: tuple[str, ...], work: Model, began: float) -> Trial:
         return Trial(steps, nan if self.judge is None else self.judge.loss(work), time.monotonic() - began)

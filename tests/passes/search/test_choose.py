@@ -28,6 +28,9 @@ from qcompiler.progress import Progress, Silent
 from tests.graph.architectures import feeds_for, inject_outliers, llama
 from tests.passes.round.small_models import build, cnn, mlp
 
+# So few samples that what is chosen is not fitted again with those that were held back
+_GPTQ, _RANGES, _CORRECTION = (f"{name}: samples = 8" for name in ("gptq", "activation-ranges", "bias-correction"))
+
 
 @dataclass(frozen=True)
 class Wreck(Pass):
@@ -94,10 +97,10 @@ def test_the_best_rounding_is_kept_and_refined(make: Callable[[], Model]) -> Non
     model = make()
     data = model.calibration
     Uniform(spec="int3-sym-channel-fp16").run(model, Silent())
-    report = ChooseRounding(among=("wreck", "gptq: sweeps = 1"), after=("bias-correction",)).run(model, Silent())
+    report = ChooseRounding(among=("wreck", _GPTQ), after=(_CORRECTION,)).run(model, Silent())
     losses = {tuple(row["steps"]): row["loss"] for row in report.metrics["trials"]}
     assert len(losses) >= 4
-    assert losses["gptq: sweeps = 1",] < losses["nearest",]
+    assert losses[_GPTQ,] < losses["nearest",]
     best = min(losses, key=lambda steps: losses[steps])
     assert report.metrics["chosen"] == " + ".join(best)
     assert HeldBack(model).loss(model) == pytest.approx(losses[best])
@@ -107,16 +110,34 @@ def test_the_best_rounding_is_kept_and_refined(make: Callable[[], Model]) -> Non
 def test_static_ranges_come_between_rounding_and_refinement() -> None:
     model = cnn()
     Uniform(spec="int8-sym-channel-fp16", activation="static", target="cpu").run(model, Silent())
-    report = ChooseRounding(among=("gptq",), after=("bias-correction",)).run(model, Silent())
+    report = ChooseRounding(among=(_GPTQ,), then=(_RANGES,), after=(_CORRECTION,)).run(model, Silent())
     assert model.ranges
     rows = {tuple(row["steps"]): row["loss"] for row in report.metrics["trials"]}
-    rounded = ("gptq", "activation-ranges")
-    assert rows[rounded] > rows["gptq",]  # quantized activations cost something, and are there nevertheless
-    assert (*rounded, "bias-correction") in rows
+    rounded = (_GPTQ, _RANGES)
+    assert rows[rounded] > rows[_GPTQ,]  # quantized activations cost something, and are there nevertheless
+    assert (*rounded, _CORRECTION) in rows
     chosen = tuple(report.metrics["chosen"].split(" + "))
-    assert "activation-ranges" in chosen
+    assert _RANGES in chosen
     assert HeldBack(model).loss(model) == pytest.approx(rows[chosen])
-    assert rows[chosen] == min(loss for steps, loss in rows.items() if "activation-ranges" in steps)
+    assert rows[chosen] == min(loss for steps, loss in rows.items() if _RANGES in steps)
+
+
+def test_what_is_chosen_is_fitted_on_all_samples_at_last() -> None:
+    model, same, told = mlp(samples=24), mlp(samples=24), list[str]()
+    for one in (model, same):
+        Uniform(spec="int3-sym-channel-fp16").run(one, Silent())
+    listening = type("Listening", (Silent,), {"note": lambda self, text: told.append(text)})()
+    report = ChooseRounding(among=("gptq: samples = 24",), after=()).run(model, listening)
+    assert report.metrics["chosen"] == "gptq: samples = 24"
+    parse_pass("gptq: samples = 24", "test").run(same, Silent())
+    less = mlp(samples=24)
+    Uniform(spec="int3-sym-channel-fp16").run(less, Silent())
+    less.calibration = HeldBack(less).fit
+    parse_pass("gptq: samples = 24", "test").run(less, Silent())
+    for name, tensor in same.weights.items():
+        assert (model.weights[name].codes == tensor.codes).all()
+    assert any((less.weights[name].codes != tensor.codes).any() for name, tensor in same.weights.items())
+    assert any("once more with the samples that were held back" in text for text in told)
 
 
 def test_a_rounding_that_is_nearly_the_best_may_win_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
