@@ -65,6 +65,11 @@ class BiasCorrection(Pass):
         sites = [site for site in find_sites(model.ir) if site.name in model.weights]
         refused = [Refusal(s.name, "a table has no output channels to correct") for s in sites if s.op == "Gather"]
         sites = [site for site in sites if site.op != "Gather"]
+        shared = {site.name for site in sites if len(site.users) > 1}
+        refused += [
+            Refusal(name, "several operations use it, whose means one shift cannot all mend") for name in shared
+        ]
+        sites = [site for site in sites if site.name not in shared]
         if not self.create:
             bare = {site.name for site in sites if not has_bias(site)}
             refused += [Refusal(name, "it has no bias, and a new one would be stored") for name in sorted(bare)]

@@ -190,7 +190,8 @@ class GPTQ(Pass):
     ) -> tuple[Floats, Floats | None]:
         """Mean of x x^T, and of (exact - x) x^T if the error is to be followed: [blocks, columns, columns].
 
-        Both in units of the inputs' magnitude, which changes no code: squares of large inputs would overflow.
+        Over all that multiplies the weight. Both in units of the inputs' magnitude, which changes no code: squares of
+        large inputs would overflow.
         """
         follow = self.sequential and self.follow > 0
         columns = sum(site.columns for site in product)
@@ -198,17 +199,17 @@ class GPTQ(Pass):
         gram = np.zeros((block_count(product[0]), columns, columns), np.float32)
         cross: Floats | None = np.zeros_like(gram) if follow else None
         count, unit = 0, np.float32(0)
-        for batch in zip(*(streams.inputs(segment, site) for site in product), strict=True):
-            rounded, exact = zip(*batch, strict=True)
+        for seen in zip(*(streams.inputs(segment, site) for site in product), strict=True):
+            users, rounded, exact = zip(*seen, strict=True)
             state = rng.bit_generator.state
-            x = rows_of(product, rounded if self.sequential else exact, limit, rng)
+            x = rows_of(product, users, rounded if self.sequential else exact, limit, rng)
             unit = unit or magnitude(x)
             x = x / unit
             gram += x.transpose(0, 2, 1) @ x
             count += x.shape[1]
-            if cross is not None and any(y is not x for x, y in batch):
+            if cross is not None and any(y is not x for _, x, y in seen):
                 rng.bit_generator.state = state  # the same positions of both
-                y = rows_of(product, exact, limit, rng) / unit
+                y = rows_of(product, users, exact, limit, rng) / unit
                 cross += (y - x).transpose(0, 2, 1) @ x
         mean = np.float32(1 / max(count, 1))
         return gram * mean, None if cross is None else np.asarray(cross * mean, np.float32)

@@ -17,7 +17,7 @@ from qcompiler.measure.curvature import fisher
 from qcompiler.measure.gram import gram_parts, grams
 from qcompiler.measure.segments import Segments
 from qcompiler.model import Model
-from qcompiler.passes.round.rows import input_rows
+from qcompiler.passes.round.rows import input_rows, readers
 from qcompiler.passes.round.streams import calibration_feeds
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.progress import Progress
@@ -89,19 +89,22 @@ def _moments(model: Model, sites: list[Site], samples: int) -> Callable[[Site], 
 
 
 def _powers(model: Model, sites: list[Site], samples: int) -> dict[str, Floats]:
-    """Mean square of each site's input relative to its largest column, [rows, columns] as the weight."""
+    """Mean square of what each site multiplies relative to its largest column, [rows, columns] as the weight."""
     segments = Segments(model.ir)
-    wanted = {site.name for site in sites if site.activation is not None}
+    uses = {user: site for site in sites if site.activation is not None for user in readers(site)}
     rng = np.random.default_rng(0)
     sums: dict[str, npt.NDArray[np.float64]] = {}
     for feed in calibration_feeds(model, samples, 1 << 13):
+        left = dict.fromkeys(uses)
         for segment, boundary in segments.boundaries(feed):
-            here = [site for site in segment.sites if site.name in wanted]
-            read = segment.read(boundary, [str(site.activation.name) for site in here if site.activation])
-            for site in here:
-                assert site.activation is not None
-                rows = input_rows(site, read[str(site.activation.name)], _ROWS, rng)
-                sums[site.name] = sums.get(site.name, 0) + np.square(rows, dtype=np.float64).mean(0)
+            here = {user: str(value.name) for user in left if (value := user.inputs[0]) is not None}
+            here = {user: name for user, name in here.items() if name in segment.made or name in boundary}
+            read = segment.read(boundary, list(here.values()))
+            for user, name in here.items():
+                site = uses[user]
+                rows = input_rows(site, read[name], _ROWS, rng, user)
+                sums[site.name] = sums.get(site.name, 0) + np.square(rows, dtype=np.float64).sum(0)
+            left = {user: None for user in left if user not in here}
     sizes = {site.name: site.rows for site in sites}
     relative = {name: (power / (power.max() or 1.0)).astype(np.float32) for name, power in sums.items()}
     return {name: np.repeat(power, sizes[name] // len(power), 0) for name, power in relative.items()}

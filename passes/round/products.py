@@ -35,7 +35,7 @@ def by_input(segment: Segment, model: Model, sums: Sequence[Product]) -> list[li
         plain = first.op in ("MatMul", "Gemm") and block_count(first) == 1
         plans = (model.plan.sites[site.name] for site in product)
         rows = tuple((p.activation, p.activation_bits, p.activation_clip) for p in plans)
-        like = (tuple(site.activation for site in product), rows, first.layout) if plain else first
+        like = (tuple(site.activations for site in product), rows, first.layout) if plain else first
         groups.setdefault(like if first.activation is not None else None, []).append(product)
     return list(groups.values())
 
@@ -61,11 +61,13 @@ def decoded(panels: Sequence[QTensor]) -> Floats:
     return np.concatenate([panel.decode() for panel in panels], 1)
 
 
-def rows_of(product: Product, inputs: Sequence[Array], limit: int, rng: np.random.Generator) -> Floats:
-    """The inputs of all sites side by side, the same positions of all: float32 [blocks, rows, columns]."""
+def rows_of(
+    product: Product, users: Sequence[ir.Node], inputs: Sequence[Array], limit: int, rng: np.random.Generator
+) -> Floats:
+    """What these users of all sites read, side by side, the same positions of all: float32 [blocks, rows, columns]."""
     state = rng.bit_generator.state
     parts: list[Floats] = []
-    for site, x in zip(product, inputs, strict=True):
+    for site, user, x in zip(product, users, inputs, strict=True):
         rng.bit_generator.state = state
-        parts.append(input_rows(site, x, limit, rng).transpose(1, 0, 2))
+        parts.append(input_rows(site, x, limit, rng, user).transpose(1, 0, 2))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, 2)

@@ -26,20 +26,34 @@ def block_count(site: Site) -> int:
     return site.groups
 
 
-def input_rows(site: Site, x: Array, limit: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+def readers(site: Site) -> tuple[ir.Node, ...]:
+    """The operations that multiply the weight, one for each value that is read and each way of reading it."""
+    ways: dict[object, ir.Node] = {}
+    for user in site.users:
+        if user.op_type != "Gather":
+            conv = site.layout.startswith("conv")
+            how = sorted((name, str(a.value)) for name, a in user.attributes.items()) if conv else []
+            ways.setdefault((user.inputs[0], str(how)), user)
+    return tuple(ways.values())
+
+
+def input_rows(
+    site: Site, x: Array, limit: int, rng: np.random.Generator, user: ir.Node | None = None
+) -> npt.NDArray[np.float32]:
     """Rows of the site's data input.
 
     Args:
         site: a MatMul, Gemm, Conv or ConvTranspose.
-        x: an array of the value `site.activation`.
+        x: an array of the value that `user` reads.
         limit: at most this many rows; more are thinned out at random (positions of a convolution).
         rng: chooses them.
+        user: which of the site's users; `site.node` if None.
 
     Returns:
         float32 [rows, blocks, columns].
     """
     if site.layout.startswith("conv"):
-        return _patches(site, np.asarray(x, np.float32), limit, rng)
+        return _patches(site, user or site.node, np.asarray(x, np.float32), limit, rng)
     blocks = block_count(site)
     if blocks == 1:
         rows = x.reshape(-1, 1, site.columns)
@@ -52,14 +66,14 @@ def input_rows(site: Site, x: Array, limit: int, rng: np.random.Generator) -> np
     return np.asarray(rows, np.float32)
 
 
-def _patches(site: Site, x: Array, limit: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+def _patches(site: Site, node: ir.Node, x: Array, limit: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """The receptive fields of (some) output positions: [samples * positions, groups, channels / group * kernel]."""
     kernel = site.shape[2:]
-    dilations = _ints(site.node, "dilations", [1] * len(kernel))
-    strides = _ints(site.node, "strides", [1] * len(kernel))
+    dilations = _ints(node, "dilations", [1] * len(kernel))
+    strides = _ints(node, "strides", [1] * len(kernel))
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     if site.layout == "conv":
-        x = np.pad(x, [(0, 0), (0, 0), *_pads(site.node, x.shape[2:], reach, strides)])
+        x = np.pad(x, [(0, 0), (0, 0), *_pads(node, x.shape[2:], reach, strides)])
         steps = strides
     else:  # a transposed convolution is a plain one over the input with zeros put between its elements
         x = np.pad(_stretched(x, strides), [(0, 0), (0, 0), *((r - 1, r - 1) for r in reach)])

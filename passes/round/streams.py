@@ -6,11 +6,12 @@ plain 8 bits are left as they are: what they change is a hundredth of what narro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from qcompiler.errors import PassRefused
 from qcompiler.graph.rows import rounded as rounded_rows
@@ -18,6 +19,7 @@ from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.segments import Boundary, Segment, Segments
 from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import quantize_rows
+from qcompiler.passes.round.rows import readers
 from qcompiler.plan import Plan, SitePlan
 
 Array = npt.NDArray[Any]
@@ -55,6 +57,19 @@ def narrow_rows(plan: Plan) -> dict[str, SitePlan]:
     }
 
 
+def _read(
+    chain: Sequence[Segment], boundary: Boundary, names: Sequence[str], replace: Mapping[str, Array] | None = None
+) -> dict[str, Array]:
+    """Values that are made in successive segments, or are in the boundary before them."""
+    found: dict[str, Array] = {}
+    for segment in chain:
+        here = [name for name in names if name not in found and (name in boundary or name in segment.made)]
+        found |= segment.read(boundary, here, replace)
+        if segment is not chain[-1]:
+            boundary = segment.run(boundary, replace)
+    return found
+
+
 class Streams:
     """The two streams, segment by segment.
 
@@ -77,16 +92,35 @@ class Streams:
         assert site.weight.name is not None
         self.replaced[site.weight.name] = tensor
 
-    def inputs(self, segment: Segment, site: Site) -> Iterator[tuple[Array, Array]]:
-        """(rounded, exact) data input of a site, batch by batch; its rows are rounded as the plan says."""
-        assert site.activation is not None
-        name, rows = str(site.activation.name), self._narrow.get(site.name)
+    def inputs(self, segment: Segment, site: Site) -> Iterator[tuple[ir.Node, Array, Array]]:
+        """An operation that multiplies the site's weight, and what it reads in the rounded and in the exact stream.
+
+        For every batch all of `rows.readers`; rows are rounded as the plan says. What is read behind `segment` is what
+        comes of the weights rounded so far.
+        """
+        users, rows = readers(site), self._narrow.get(site.name)
+        names = [str(user.inputs[0].name) for user in users if user.inputs[0] is not None]
+        last = max(self._made_in(segment, name) for name in names)
         for i, (rounded, exact) in enumerate(zip(self.rounded, self.exact, strict=True)):
-            x = self._rounding[segment.index].read(rounded, [name], self.replaced)[name]
-            if rows is not None:
-                x = rounded_rows(x, rows.activation_bits, rows.activation_clip)
-            same = rounded is exact and not self.replaced and not self._rounds_rows(segment)
-            yield x, x if same else self._exact_input(segment, name, i)
+            found = _read(self._rounding[segment.index : last + 1], rounded, names, self.replaced)
+            passed = self.segments[segment.index : last + 1]
+            same = rounded is exact and not self.replaced and not any(map(self._rounds_rows, passed))
+            known = found
+            if not same and last == segment.index:
+                known = {name: self._exact_input(segment, name, i) for name in names}
+            elif not same:
+                known = _read(passed, exact, names)
+            for user, name in zip(users, names, strict=True):
+                x = found[name]
+                if rows is not None:
+                    x = rounded_rows(x, rows.activation_bits, rows.activation_clip)
+                yield user, x, x if same else known[name]
+        for later in (*self.segments[segment.index + 1 : last + 1], *self._rounding[segment.index + 1 : last + 1]):
+            later.drop()
+
+    def _made_in(self, segment: Segment, name: str) -> int:
+        """The segment, this one or a later one, that a value is made in; this one for what is there before."""
+        return next((s.index for s in self.segments[segment.index :] if name in s.made), segment.index)
 
     def _with_rounded_rows(self, model: Model) -> Segments:
         """The chain that the rounded stream takes: that of the float model where all rows stay as they are."""

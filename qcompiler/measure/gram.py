@@ -81,7 +81,12 @@ class _Rows:
 
 
 def _rows_of(site: Site) -> tuple[_Rows, ...]:
-    rows: list[_Rows] = []
+    return tuple(_uses(site))
+
+
+def _uses(site: Site) -> dict[_Rows, ir.Node]:
+    """What the site multiplies, each once, with a user that does."""
+    rows: dict[_Rows, ir.Node] = {}
     for user in site.users:
         data = None if user.op_type == "Gather" else user.inputs[0]
         if data is None or data.name is None:
@@ -91,8 +96,8 @@ def _rows_of(site: Site) -> tuple[_Rows, ...]:
             reading = f"{user.op_type} {site.shape[2:]} {site.groups} {settings}"
         else:
             reading = f"product {site.shape[:-2]} {site.columns}"
-        rows.append(_Rows(data.name, reading))
-    return tuple(dict.fromkeys(rows))
+        rows.setdefault(_Rows(data.name, reading), user)
+    return rows
 
 
 def _measure(
@@ -100,8 +105,7 @@ def _measure(
 ) -> dict[tuple[_Rows, ...], Gram]:
     by_value: dict[str, list[tuple[tuple[_Rows, ...], ir.Node]]] = {}
     for uses, site in shared.items():
-        for use in uses:
-            user = next(u for u in site.users if u.op_type != "Gather" and _reads(u, use.value))
+        for use, user in _uses(site).items():
             by_value.setdefault(use.value, []).append((uses, user))
     found: dict[tuple[_Rows, ...], Gram] = {}
     for batch in activations(model, by_value, limit):
@@ -111,11 +115,6 @@ def _measure(
                 if x.shape[1]:
                     found[uses] = _add(found.get(uses), x)
     return found
-
-
-def _reads(user: ir.Node, name: str) -> bool:
-    data = user.inputs[0]
-    return data is not None and data.name == name
 
 
 def _add(before: Gram | None, x: Floats) -> Gram:

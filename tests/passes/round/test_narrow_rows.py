@@ -47,7 +47,7 @@ def test_the_rounded_stream_is_the_lowered_model(clip: float) -> None:
         for site in segment.sites:
             seen = list(streams.inputs(segment, site))
             if site.name == "fc2":
-                for (x, y), rounded, exact in zip(seen, want, plain, strict=True):
+                for (_, x, y), rounded, exact in zip(seen, want, plain, strict=True):
                     np.testing.assert_allclose(x, rounded, rtol=1e-5, atol=1e-5)
                     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
             streams.replace(site, site.from_matrix(model.weights[site.name].decode()))
