@@ -24,9 +24,9 @@ _CLOSE = 1.5  # times the least loss: roundings that may still be the best when 
 class ChooseRounding(Pass):
     """Round a plan in several ways, refine what is nearly the best by further steps, and keep what loses least then.
 
-    Rounding to nearest is always among them: what is chosen is never worse than that on the samples held back. Where the
-    chosen steps would have used more samples than were left to fit on, they are taken once more with all of them. With
-    too few samples to hold some back, the first rounding and all steps are taken.
+    Rounding to nearest is always among them: what is chosen is never worse than that on the samples held back. Where
+    the chosen steps would have used more samples than were left to fit on, they are taken once more with all of them.
+    With too few samples to hold some back, the first rounding and all steps are taken.
 
     Attributes:
         among: roundings, each from the float weights; options as in "gptq: samples = 24".
