@@ -19,6 +19,8 @@ from qcompiler.formats import Int, PerGroup, PerRowGroup, QuantSpec, UInt
 from qcompiler.formats.fit import Method, encode, fit
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.gram import Gram, gram_parts, grams
+from qcompiler.measure.samples import samples_for_one
+from qcompiler.measure.stream import calibration_of
 from qcompiler.model import Model
 from qcompiler.passes.round.gptq_core import factorize, gptq_round
 from qcompiler.pipeline import Pass, PassReport
@@ -39,7 +41,7 @@ class AdaDim(Pass):
         rounding: how both forms are rounded to be judged: "nearest" as in the paper, or "gptq".
         clipping: of their scales: "mse", "minmax" or "hqq".
         damping: of the Hessian of "gptq".
-        samples: of the calibration data, at most.
+        samples: of the calibration data, at most; of tables so many times 128 rows.
         target: who must be able to run it.
     """
 
@@ -93,8 +95,9 @@ class AdaDim(Pass):
         progress: Progress,
     ) -> dict[str, tuple[float, float]]:
         errors: dict[str, tuple[float, float]] = {}
+        samples = self.samples * samples_for_one(model.ir, calibration_of(model))
         for part in gram_parts(progress.track(list(sites), "Trying both axes"), lambda site: [site]):
-            found = grams(model, part, self.samples)
+            found = grams(model, part, samples)
             for site in part:
                 specs = [plan.weight for plan in options[site.name] if plan.weight is not None]
                 now, then = (self._error(site, spec, found[site.name]) for spec in specs)

@@ -15,7 +15,9 @@ from qcompiler.formats.fit import Method, quantize
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.curvature import fisher
 from qcompiler.measure.gram import gram_parts, grams
+from qcompiler.measure.samples import samples_for_one
 from qcompiler.measure.segments import Segments
+from qcompiler.measure.stream import calibration_of
 from qcompiler.model import Model
 from qcompiler.passes.round.rows import input_rows, readers
 from qcompiler.passes.round.streams import calibration_feeds
@@ -77,7 +79,7 @@ class Nearest(Pass):
 
 def _moments(model: Model, sites: list[Site], samples: int) -> Callable[[Site], Floats | None]:
     """Second moments of each site's input relative to the largest mean square, [products, columns, columns]."""
-    known = grams(model, sites, samples)
+    known = grams(model, sites, samples * samples_for_one(model.ir, calibration_of(model)))
 
     def of(site: Site) -> Floats | None:
         if site.name not in known:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from qcompiler.errors import PassRefused
 from qcompiler.graph.rows import rounded as rounded_rows
 from qcompiler.graph.sites import Site, find_sites
+from qcompiler.measure.samples import samples_for_one
 from qcompiler.measure.segments import Boundary, Segment, Segments
 from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import quantize_rows
@@ -27,11 +28,12 @@ _AHEAD_BYTES = 160 << 20
 
 
 def calibration_feeds(model: Model, samples: int, tokens: int) -> list[dict[str, Array]]:
-    """Batches of one sample, spread evenly over the data.
+    """Batches, spread evenly over the data.
 
     Args:
         model: whose calibration data is meant.
-        samples: at most this many.
+        samples: at most this many batches of one sample; of more where one is a single row or a few, and there are more
+            (`samples_for_one`).
         tokens: for integer inputs, no more samples than hold about this many elements (never less than one).
 
     Raises:
@@ -41,6 +43,11 @@ def calibration_feeds(model: Model, samples: int, tokens: int) -> list[dict[str,
         raise PassRefused("no calibration data", where=model.name, fix="give the model calibration data")
     first = next(iter(model.calibration.batches(1)))
     length = max((a.size for a in first.values() if np.issubdtype(a.dtype, np.integer)), default=0)
+    together = samples_for_one(model.ir, model.calibration)
+    if together > 1:
+        most = min(samples * together, max(1, tokens // length)) if length else samples * together
+        some = model.calibration.spread(most)
+        return [dict(feed) for feed in some.batches(-(-some.count // samples))]
     size = max((a.shape[0] for a in first.values() if a.ndim), default=1) if length == 0 else 1
     wanted = min(samples, max(1, tokens // length)) if length else samples
     total = max(1, model.calibration.count // size)

@@ -10,6 +10,7 @@ from typing import Any
 
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption
+from qcompiler.measure.samples import samples_for_one
 from qcompiler.model import Model
 from qcompiler.progress import Progress
 from qcompiler.target import Feeds
@@ -79,7 +80,7 @@ class Samples:
 
 
 def gather(source: Source, model: Model, seed: int, progress: Progress) -> Samples:
-    """Read or make the samples and hold an eighth back, at least 2 of 4 or more, at most 64.
+    """Read or make the samples and hold an eighth back, at least 2 of 4 or more, at most 64 (more rows).
 
     With fewer than 4 samples all of them are used and judged by, and the user is told: too few to spare one.
 
@@ -96,10 +97,11 @@ def gather(source: Source, model: Model, seed: int, progress: Progress) -> Sampl
     if count < _LEAST:
         what = f"only {count} calibration sample{'' if count == 1 else 's'}: none is held back"
         progress.note(f"{what}, and fidelity is taken on what the compiler measured on; give {_LEAST} or more")
-    held = 0 if count < _LEAST else min(_MOST_HELD, max(2, math.ceil(count / 8)))
+    together = samples_for_one(model.ir, whole)
+    held = 0 if count < _LEAST else min(_MOST_HELD * together, max(2, math.ceil(count / 8)))
     used, kept = (whole.take(count - held), whole.part(count - held, count)) if held else (whole, whole)
     one = feed_bytes(next(iter(whole.batches(1, 1))))
-    return Samples(source, used, kept, random, max(1, min(_MOST_BATCH, _BATCH_BYTES // max(one, 1))))
+    return Samples(source, used, kept, random, max(1, min(_MOST_BATCH * together, _BATCH_BYTES // max(one, 1))))
 
 
 def _note_constant(samples: Calibration, progress: Progress) -> None:

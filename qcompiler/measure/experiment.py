@@ -14,7 +14,7 @@ from qcompiler.graph.sites import Site
 from qcompiler.measure.cache import Cache
 from qcompiler.measure.loss import Kind
 from qcompiler.measure.probes import Probes
-from qcompiler.measure.samples import choose_samples
+from qcompiler.measure.samples import choose_samples, samples_for_one
 from qcompiler.measure.segments import Segments
 from qcompiler.measure.stream import calibration_of, measurement_key
 from qcompiler.model import Model
@@ -89,7 +89,7 @@ class Experiment:
     ) -> None:
         self.sites, self.specs = tuple(sites), weight_formats(sites, candidates)
         self.chain, data = Segments(model.ir), calibration_of(model)
-        chosen = choose_samples(self.chain, data, sites, samples, kinds)
+        chosen = choose_samples(self.chain, data, sites, samples, kinds, samples_for_one(model.ir, data))
         self.samples = chosen.used
         self.batches = chosen.batches(model.ir, data)
         self.store = Store(model, "spread", chosen.used, chosen.batch, chosen.length, sorted((kinds or {}).items()))

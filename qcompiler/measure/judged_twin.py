@@ -13,6 +13,7 @@ from qcompiler.errors import BadModel
 from qcompiler.graph.sites import Site
 from qcompiler.measure.fx_twin import fx_twin
 from qcompiler.measure.loss import Kind, output_kind
+from qcompiler.measure.samples import samples_for_one
 from qcompiler.measure.shorten import shortened
 from qcompiler.measure.stream import calibration_of
 from qcompiler.model import Model
@@ -33,8 +34,8 @@ class JudgedTwin:
     Args:
         model: float, with calibration data.
         sites: whose weights gradients are wanted for.
-        samples: of the data, at most, evenly spread.
-        batch: samples at a time; as many as memory suggests if None.
+        samples: of the data, at most, evenly spread; more count as one where one is a single row.
+        batch: samples at a time, counted in the same way; as many as memory suggests if None.
         kinds: how to judge an output, where `loss.output_kind` should not decide.
 
     Attributes:
@@ -55,9 +56,10 @@ class JudgedTwin:
         self.weights: list[torch.Tensor] = [self._weight(str(site.weight.name)) for site in sites]
         data = calibration_of(model)
         self._inputs = [str(v.name) for v in model.graph.inputs if v.const_value is None]
-        size = batch or _batch(sites, data)
-        self.batches: list[Feeds] = [shortened(model.ir, f, _LENGTH) for f in data.spread(samples).batches(size)]
-        self.samples = min(samples, data.count)
+        wanted = min(samples * samples_for_one(model.ir, data), data.count)
+        size = batch * -(-wanted // samples) if batch else _batch(sites, data)
+        self.batches: list[Feeds] = [shortened(model.ir, f, _LENGTH) for f in data.spread(wanted).batches(size)]
+        self.samples = wanted
         self._outputs = [str(v.name) for v in model.graph.outputs]
         self.kinds: dict[str, Kind] = {}
         self._power: dict[str, float] = {}

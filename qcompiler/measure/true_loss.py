@@ -22,7 +22,7 @@ from qcompiler.measure.cache import Cache
 from qcompiler.measure.experiment import Menus, weight_formats
 from qcompiler.measure.loss import PARTS, Kind, Reference
 from qcompiler.measure.quantized import QuantizedWeights
-from qcompiler.measure.samples import choose_samples
+from qcompiler.measure.samples import choose_samples, samples_for_one
 from qcompiler.measure.segments import Boundary, Segment, Segments
 from qcompiler.measure.stream import calibration_of, measurement_key
 from qcompiler.model import Model
@@ -74,7 +74,7 @@ class TrueLoss:
         self._sites, self._kinds, self._cache = tuple(sites), kinds, model.cache
         self._chain = Segments(model.ir)
         own = calibration_of(model) if data is None else data
-        chosen = choose_samples(self._chain, own, sites, samples, kinds)
+        chosen = choose_samples(self._chain, own, sites, samples, kinds, samples_for_one(model.ir, own))
         self._feeds = chosen.batches(model.ir, own)
         self.used, self.runs = chosen.used, 0
         facts = (own.fingerprint, chosen.used, chosen.batch, chosen.length, sorted((kinds or {}).items()))
