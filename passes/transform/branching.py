@@ -129,6 +129,6 @@ def put_beside(model: Model, group: Readers, factors: Factors) -> dict[str, dict
     """
     lefts = [left.astype(np.float16) for left in group.split(factors.left)]
     right = factors.right.astype(np.float16)
-    add_branch(model.graph, group.sites, lefts, right)
+    add_branch(model.ir, group.sites, lefts, right)
     sizes = [left.nbytes + (0 if number else right.nbytes) for number, left in enumerate(lefts)]
     return {site.name: {"rank": len(right), "bytes": size} for site, size in zip(group.sites, sizes, strict=True)}

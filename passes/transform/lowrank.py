@@ -85,7 +85,7 @@ class LowRank:
                 stored = scaled.astype(np.float16), factors.right.astype(np.float16)
             if not np.isfinite(stored[0]).all():
                 raise PassRefused("the correction overflows float16", site.name, "leave out the variant 'lowrank'")
-            add_branch(model.graph, [site], [stored[0]], stored[1])
+            add_branch(model.ir, [site], [stored[0]], stored[1])
 
 
 def _too_small(site: Site) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompiler.errors import Refusal
-from qcompiler.graph.sites import FLOATS, skipped_weights
+from qcompiler.graph.sites import BRANCH, FLOATS, skipped_weights
 
 # Operators of ONNX that multiply by a weight and make no site, with the inputs that it may be; None: any.
 _MULTIPLY: dict[str, tuple[int, ...] | None] = {
@@ -42,7 +42,7 @@ def uncounted_weights(model: ir.Model) -> list[Uncounted]:
     found = {r.where: Uncounted(r.where, r.reason, _bytes(initializers[r.where])) for r in skipped_weights(model)}
     for name, value in initializers.items():
         reader = next((label for use in value.uses() if (label := _multiplier(*use))), None)
-        if name not in found and _is_matrix(value) and reader:
+        if name not in found and BRANCH not in value.metadata_props and _is_matrix(value) and reader:
             found[name] = Uncounted(name, f"it is used by {reader}", _bytes(value))
     within = [Uncounted(str(v.name), "it lies in a subgraph", _bytes(v)) for v in _of_subgraphs(model)]
     return [*found.values(), *within]

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from qcompiler.errors import BadOption, Refusal
 from qcompiler.graph.folds import apply, blocks
 from qcompiler.graph.folds.labels import Labels, Unfit
-from qcompiler.graph.folds.region import DOMAINS, Edit, Kind, Region, Undecided, dims, label, resolve
+from qcompiler.graph.folds.region import DOMAINS, Edit, Kind, Region, Undecided, dims, label, refuse, resolve
 from qcompiler.graph.folds.rules import POSITIVE, RULES
 
 Floats = npt.NDArray[np.float64]
@@ -222,11 +222,10 @@ def _explore(region: Region, value: ir.Value, shape: tuple[int, ...]) -> tuple[R
 
 def _apply_rule(region: Region, node: ir.Node) -> None:
     rule = RULES.get(node.op_type) if node.domain in DOMAINS else None
-    if rule is None:
-        region.pin_node(node, f"a {region.kind} cannot cross {label(node)}")
-        return
-    region.positive |= node.op_type in POSITIVE
+    region.positive |= rule is not None and node.op_type in POSITIVE
     try:
+        if rule is None:
+            refuse(node, region.kind)
         rule(region, node)
     except Unfit as reason:
         region.pin_node(node, str(reason))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import onnx_ir as ir
@@ -247,6 +247,18 @@ def resolve(value: ir.Value) -> Constant | None:
         site = value.metadata_props[BRANCH]
         raise Unfit(f"'{site}' has a low-rank branch, which would be rounded again: put transforms before it")
     return Constant(value, offset, transposed, shared or _sharing(value), direct)
+
+
+def refuse(node: ir.Node, kind: str) -> NoReturn:
+    """Say why nothing crosses an operation.
+
+    Raises:
+        Unfit: it is a low-rank branch's, as `resolve` says; else that it is none which a transform can cross.
+    """
+    for value in node.inputs:
+        if value is not None:
+            resolve(value)
+    raise Unfit(f"a {kind} cannot cross {label(node)}")
 
 
 def bias_add(node: ir.Node) -> tuple[ir.Node, int] | None:

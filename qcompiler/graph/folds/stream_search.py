@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import Refusal
 from qcompiler.graph.folds.labels import Unfit
-from qcompiler.graph.folds.region import dims, label, resolve
+from qcompiler.graph.folds.region import dims, label, refuse, resolve
 from qcompiler.graph.folds.rules_shape import axes_of, moved_back
 from qcompiler.graph.folds.stream import Stream, Turn
 
@@ -142,7 +142,7 @@ class _Search:
         elif kind in ("ReduceMean", "ReduceSum"):
             self._sum(node)
         elif not (self._is_square(node) or self._measures_length(node)):
-            raise Unfit(f"a rotation cannot cross {label(node)}")
+            refuse(node, "rotation")
 
     def _norm(self, node: ir.Node) -> None:
         """RMSNormalization and LayerNormalization: the gain must be even, a bias is written to the stream."""

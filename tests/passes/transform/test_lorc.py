@@ -9,6 +9,8 @@ import pytest
 
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, PassRefused
+from qcompiler.graph.branches import DOWN, UP
+from qcompiler.graph.codes import DOMAIN
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.gram import grams
 from qcompiler.measure.runner import Runner
@@ -55,26 +57,20 @@ def cost(outliers: float, *passes: Pass) -> dict[str, float]:
 
 def product(model: Model, site: Site) -> np.ndarray:
     """U V of a site's branch."""
-    add = next(n for n in model.graph if n.op_type == "Add" and f"{site.weight.name}_branch1_out" in names(n))
-    second = next(v for v in add.inputs if v is not None and "branch1_out" in str(v.name)).producer()
-    assert second is not None
-    assert second.inputs[0] is not None
-    factors = [constant(node) for node in (second.inputs[0].producer(), second)]
-    return np.asarray((factors[0] @ factors[1]).T, np.float32)
+    up = model.graph.initializers[f"{site.weight.name}_branch1"]
+    (call,) = up.consumers()
+    assert (call.domain, call.op_type) == (DOMAIN, UP)
+    assert call.inputs[0] is not None
+    shared = call.inputs[0].producer()
+    assert shared is not None
+    assert (shared.domain, shared.op_type) == (DOMAIN, DOWN)
+    assert shared.inputs[1] is not None
+    return (constant(shared.inputs[1]) @ constant(up)).T
 
 
-def names(node: ir.Node) -> list[str]:
-    return [str(value.name) for value in node.inputs if value is not None]
-
-
-def constant(node: ir.Node | None) -> np.ndarray:
-    assert node is not None
-    assert node.inputs[1] is not None
-    cast = node.inputs[1].producer()
-    assert cast is not None
-    assert cast.inputs[0] is not None
-    assert cast.inputs[0].const_value is not None
-    return np.asarray(cast.inputs[0].const_value.numpy(), np.float32)
+def constant(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    return np.asarray(value.const_value.numpy(), np.float32)
 
 
 @pytest.mark.parametrize("behind", [False, True])
