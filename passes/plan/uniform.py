@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qcompiler import registry
@@ -19,6 +20,7 @@ from qcompiler.progress import Progress, Silent
 from qcompiler.target import Backend
 
 _MODES: dict[str, ActivationMode] = {"float": "float", "static": "static", "dynamic": "dynamic"}
+_WIDTHS, _SHOWN = (8, 4), 4  # of the formats that a message names
 _INSTEAD = "drop --budget, or use the pass 'allocate', which fits the formats to it"
 
 
@@ -69,7 +71,8 @@ class Uniform(Pass):
                 raise BadOption(f"'uniform' fixes the formats and cannot aim at {text}", "--budget", _INSTEAD)
 
     def foresee(self, model: Model) -> None:
-        """Refuse a budget that these formats exceed."""
+        """Refuse formats that the target can store nothing in, and a budget that they exceed."""
+        self._check_formats(find_sites(model.ir))
         if self.budget:
             self._plan(Model(model.ir, model.name), Silent())
 
@@ -77,6 +80,7 @@ class Uniform(Pass):
         """Fill `model.plan`.
 
         Raises:
+            BadOption: the target can store no weight in one of the formats, while it can in others.
             BudgetInfeasible: that takes more than the budget.
         """
         refused = self._plan(model, progress)
@@ -89,6 +93,7 @@ class Uniform(Pass):
         """Fill `model.plan`; what could not be had."""
         backend: Backend = registry.find("backends", self.target)()
         sites = find_sites(model.ir)
+        self._check_formats(sites)
         kept = kept_sites(sites, self.keep)
         decided: dict[str, SitePlan] = {}
         refused: list[Refusal] = []
@@ -110,6 +115,21 @@ class Uniform(Pass):
         if over is not None:
             raise BudgetInfeasible(*over.words(f"'uniform' fixes the formats, here {self.spec}", _INSTEAD))
         return refused
+
+    def _check_formats(self, sites: Sequence[Site]) -> None:
+        backend: Backend = registry.find("backends", self.target)()
+        kept, asked = kept_sites(sites, self.keep), dict[QuantSpec, list[Site]]()
+        for site in sites:
+            spec = None if site.name in kept else self._spec(site)
+            if spec is not None:
+                asked.setdefault(spec, []).append(site)
+        for spec, own in asked.items():
+            reasons = [backend.supports(site, SitePlan(spec)) for site in own]
+            offers = () if None in reasons else (p.weight for s in own for p in backend.candidates(s, _WIDTHS))
+            possible = list(dict.fromkeys(str(offer) for offer in offers if offer is not None))
+            if possible:
+                what = f"target {self.target} stores no weight of this model as '{spec}': {reasons[0]}"
+                raise BadOption(what, "pass 'uniform'", f"give a spec such as {', '.join(possible[:_SHOWN])}")
 
     def _rows(self) -> Rows:
         return Rows.of("uniform", self.activation, self.activation_bits, self.activation_clip)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from qcompiler.errors import BadOption
+from qcompiler.graph.sites import find_sites
 from qcompiler.measure.memory import give_back, spill
 from qcompiler.model import Model
 from qcompiler.pipeline import PassReport, Pipeline
@@ -42,7 +43,7 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
         only_plan: stop as soon as there is a plan.
 
     Raises:
-        BadOption: the pipeline ends without a lowered graph.
+        BadOption: the pipeline rounds without a plan, or ends without a lowered graph.
         QcompilerError: whatever a pass raises.
     """
     work, rounded = model.clone(), model
@@ -51,6 +52,9 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
     for item in pipeline.passes:
         rounded = rounded if work.lowered else work.clone()
         before = _parts(work)
+        if item.makes_codes and work.plan is model.plan and not work.plan.sites:
+            what = f"the pass '{item.registered_name()}' rounds what is planned, and no pass before it makes a plan"
+            raise BadOption(what, "--pipeline", "put 'allocate' or 'uniform' in front of it")
         reports += replace(pipeline, passes=[item]).run(work, progress)
         transformed.append(not work.lowered and _parts(work) != before)
         spill(work, model)
@@ -61,6 +65,8 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
         raise BadOption("the pipeline makes no plan", "--explain", "put 'allocate' or 'uniform' in the pipeline")
     if not work.lowered:
         raise BadOption("the pipeline does not lower the model", "--pipeline", "end it with the pass 'insert-qdq'")
+    if not rounded.weights and not rounded.ranges and find_sites(model.ir):
+        progress.note("nothing is quantized: all weights and activations stay float")
     return Lowering(model, rounded, work, reports, transformed)
 
 
