@@ -78,7 +78,8 @@ def reconstruct(
         progress: shows how far and how long.
 
     Returns:
-        By the name of a segment's first site: "before" and "after", its loss on the samples held back, and "sites".
+        By the name of a segment's first site: "before" and "after", its loss on the samples held back, how many these
+        are ("held_back"; 0: there is only one sample, which it was learned from), and "sites".
     """
     streams = Streams(model, calibration_feeds(model, samples, tokens))
     errors: dict[str, dict[str, float]] = {}
@@ -161,7 +162,7 @@ def _learn(model: Model, streams: Streams, segment: Segment, sites: Sequence[Sit
     else:
         part.weights = start
     model.weights |= {names[name]: tensor for name, tensor in part.weights.items()}
-    return {"before": before, "after": min(before, after), "sites": float(len(sites))}
+    return {"before": before, "after": min(before, after), "held_back": lesson.held, "sites": float(len(sites))}
 
 
 class _Lesson:
@@ -169,14 +170,16 @@ class _Lesson:
 
     Attributes:
         learned: samples to learn from.
-        judged: samples to judge by, the last eighth; the same where there are too few.
+        judged: samples to judge by, the last eighth; the same one where there is only one.
+        held: how many of them are not learned from.
     """
 
     def __init__(self, model: Model, streams: Streams, segment: Segment) -> None:
         self._feeds = streams.rounded
-        held = len(self._feeds) // 8
-        self.learned = range(len(self._feeds) - held)
-        self.judged = range(len(self._feeds) - held, len(self._feeds)) if held else self.learned
+        self.held = max(1, len(self._feeds) // 8) if len(self._feeds) > 1 else 0
+        first = len(self._feeds) - self.held
+        self.learned = range(first)
+        self.judged = range(first, len(self._feeds)) if self.held else self.learned
         names = made_for_later(segment)
         final = {value.name for value in model.graph.outputs}
         self._kinds: list[Kind | None] = [None if name in final else "values" for name in names]

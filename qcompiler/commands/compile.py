@@ -213,20 +213,21 @@ def _print_summary(result: CompileResult) -> None:
 
     fidelity, kinds = result.fidelity, result.output_kinds
     assert result.artifact is not None
-    data = "held-back data" if result.held_back else "the calibration data"
+    data = "held-back data" if result.held_back else "the calibration data that it was fitted to"
+    fitted = "" if result.held_back else f", on {data}"
     ratio = result.fp32_bytes / result.stored_bytes if result.stored_bytes else 1.0
     facts = [
         *_bits(result),
         ("stored", f"{size(result.stored_bytes)} of {size(result.fp32_bytes)}, {ratio:.1f} times smaller"),
         ("files to ship", _files(result.artifact)),
         ("loss", f"{brief(result.realised_loss)} on {data}, predicted {_predicted(result)}"),
-        ("SQNR", f"{brief(fidelity['sqnr_db'], '.1f')} dB{of_outputs(kinds)}"),
+        ("SQNR", f"{brief(fidelity['sqnr_db'], '.1f')} dB{of_outputs(kinds)}{fitted}"),
     ]
     if _is_far_off(result):
         facts.append(("WARNING", "the loss is far above what was predicted: see 'qcompile diagnose' and the report"))
     if fidelity["top1_agreement"] is not None:
         answer = f"{fidelity['top1_agreement']:.1%}, KL {brief(fidelity['kl'])}"
-        facts.append(("same top-1 answer", f"{answer}{of_outputs(kinds, class_output(kinds))}"))
+        facts.append(("same top-1 answer", f"{answer}{of_outputs(kinds, class_output(kinds))}{fitted}"))
     facts += [
         *(_proven(result) if result.gap is not None else []),
         *_times(result),

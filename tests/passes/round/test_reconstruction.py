@@ -76,6 +76,13 @@ def test_it_goes_on_from_codes_that_are_there_and_never_makes_a_segment_worse(me
     assert all(entry["after"] <= entry["before"] for entry in found.values())
 
 
+@pytest.mark.parametrize(("count", "held_back"), [(1, 0), (3, 1), (16, 2)])
+def test_it_says_how_many_samples_it_is_judged_by(count: int, held_back: int) -> None:
+    model = planned(cnn(count), "int3-sym-channel-fp32")
+    found = METHODS[0].run(model, Silent()).metrics["segments"]
+    assert {entry["held_back"] for entry in found.values()} == {held_back}
+
+
 def test_adaround_moves_no_code_by_more_than_one() -> None:
     learned, nearest = (rounded(mlp, m, "int3-sym-channel-fp32") for m in (METHODS[0], Nearest()))
     for site in find_sites(learned.ir):
