@@ -168,8 +168,7 @@ def compile(  # noqa: A001 - the name that users expect: qcompiler.compile
         check_output(out)
     passes = build_pipeline(pipeline, source, options)
     check_order(passes, only_plan=explain)
-    for item in passes.passes:
-        item.foresee(source)
+    passes.foresee(source)
     options = replace(options, budget=budgets_of(passes))
     with open_cache(resume) as cache:
         origin = Source(calibration, preprocess, None if tokenizer is None else Path(tokenizer))

@@ -11,21 +11,21 @@ from __future__ import annotations
 import time
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from qcompiler import registry
 from qcompiler.errors import BadOption, Refusal
 from qcompiler.model import Model
+from qcompiler.options import build_pass, toml_value
 from qcompiler.progress import Progress, Silent
 
 EXACT: Literal["exact"] = "exact"
 LOSSY: Literal["lossy"] = "lossy"
 EFFORTS = ("low", "default", "high")
-_WORDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 __all__ = ["EXACT", "LOSSY", "Pass", "PassReport", "Pipeline", "Refusal"]
 
 
@@ -88,10 +88,17 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A list of passes. `verify` checks EXACT contracts after each pass."""
+    """A list of passes.
+
+    Attributes:
+        passes: in the order in which they run.
+        verify: whether EXACT contracts are checked after each pass.
+        where: the file or recipe that they are from, for messages; empty: none.
+    """
 
     passes: Sequence[Pass]
     verify: bool = True
+    where: str = field(default="", compare=False)
 
     def run(self, model: Model, progress: Progress | None = None) -> list[PassReport]:
         """Run every pass on `model` in place; return one report a pass."""
@@ -100,12 +107,31 @@ class Pipeline:
         progress = progress or Silent()
         reports: list[PassReport] = []
         for item in self.passes:
-            item.requires(model)
             start = time.monotonic()
             run: Callable[[], PassReport] = lambda item=item: item.run(model, progress)  # noqa: E731
-            report = checked(item, model, run) if self.verify and item.contract == EXACT else run()
+            with self._named(item):
+                item.requires(model)
+                report = checked(item, model, run) if self.verify and item.contract == EXACT else run()
             reports.append(_timed(report, time.monotonic() - start))
         return reports
+
+    def foresee(self, model: Model) -> None:
+        """Raise what is certain to fail on a model, before any pass has run."""
+        for item in self.passes:
+            with self._named(item):
+                item.foresee(model)
+
+    @contextmanager
+    def _named(self, item: Pass) -> Generator[None]:
+        """Put the file and the pass into what is wrong with an option; those of the command line are not of a file."""
+        try:
+            yield
+        except BadOption as error:
+            if error.where.startswith("--"):
+                raise
+            own = f"'{item.registered_name()}'" in error.where or error.where == item.registered_name()
+            parts = (self.where, error.where if own else f"pass '{item.registered_name()}' {error.where}".strip())
+            raise BadOption(error.what, ", ".join(filter(None, parts)), error.fix) from error
 
     def to_toml(self) -> str:
         """The pipeline as TOML: one [[pass]] table a pass, options that differ from the default."""
@@ -115,7 +141,7 @@ class Pipeline:
             for f in fields(item):
                 value = getattr(item, f.name)
                 if value != f.default:
-                    lines.append(f"{f.name} = {_toml_value(value)}")
+                    lines.append(f"{f.name} = {toml_value(value)}")
             lines.append("")
         return "\n".join(lines)
 
@@ -142,7 +168,7 @@ class Pipeline:
         chosen = [table for table in tables if effort in _efforts(table, where)]
         if tables and not chosen:
             raise BadOption(f"no pass is there for effort '{effort}'", where, "run it with another --effort")
-        return Pipeline([_build(table, where) for table in chosen])
+        return Pipeline([build_pass(table, where) for table in chosen], where=where)
 
     @staticmethod
     def load(path: Path, effort: str = "default", *, asked: bool = False) -> Pipeline:
@@ -166,7 +192,7 @@ def parse_pass(text: str, where: str) -> Pass:
         raise BadOption(f"'{text}' is no pass ({error})", where, 'write it as in "gptq: samples = 24"') from error
     if "name" in table:
         raise BadOption(f"'{text}' is no pass", where, 'write it as in "gptq: samples = 24"')
-    return _build({"name": name.strip(), **table}, where)
+    return build_pass({"name": name.strip(), **table}, where)
 
 
 def check_numbers(item: Pass, positive: Sequence[str], rates: Sequence[str] = ()) -> None:
@@ -188,16 +214,6 @@ def _timed(report: PassReport, seconds: float) -> PassReport:
     return PassReport(report.name, report.changed, report.refused, report.metrics, seconds)
 
 
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"  # type: ignore[reportUnknownArgumentType]
-    return repr(value)
-
-
 def _efforts(table: dict[str, Any], where: str) -> tuple[str, ...]:
     """The efforts for which a pass is there; takes the entry out of its table."""
     given = table.pop("effort", EFFORTS)
@@ -206,71 +222,3 @@ def _efforts(table: dict[str, Any], where: str) -> tuple[str, ...]:
         what = f"effort of pass '{table.get('name')}' is {given!r}"
         raise BadOption(what, where, f"write one of {', '.join(EFFORTS)}, or a list of them")
     return found  # type: ignore[reportUnknownVariableType]
-
-
-def _build(table: dict[str, Any], where: str) -> Pass:
-    name = table.pop("name", None)
-    if not isinstance(name, str):
-        raise BadOption("a [[pass]] table has no name", where=where)
-    cls: type[Pass] = registry.find("passes", name)
-    known = {f.name: f for f in fields(cls)}
-    unknown = sorted(set(table) - set(known))
-    if unknown:
-        raise BadOption(f"pass '{name}' has no option '{unknown[0]}'", where, f"it has {', '.join(known) or 'none'}")
-    kinds = _kinds(cls)
-    options = {key: _checked(name, known[key], value, kinds.get(key, Any), where) for key, value in table.items()}
-    return cls(**options)
-
-
-def _kinds(cls: type[Pass]) -> dict[str, Any]:
-    """The annotations of a class; none where another package's names something that only type checkers import."""
-    try:
-        return get_type_hints(cls)
-    except NameError:
-        return {}
-
-
-def _checked(name: str, option: Field[Any], value: Any, kind: Any, where: str) -> Any:
-    """A value out of TOML as the option wants it: lists as tuples, one value for a list of one."""
-    value = _tuples(value)
-    if not _fits(value, kind):
-        if not _fits((value,), kind):
-            example = "" if option.default in (MISSING, "", ()) else f", such as {_toml_value(option.default)}"
-            what = f"option '{option.name}' of pass '{name}' is {value!r}"
-            raise BadOption(what, where, f"give {_described(kind)}{example}")
-        value = (value,)
-    return value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value  # type: ignore[reportUnknownArgumentType]
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says; a whole number is a number, true and false are neither."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in args)
-    if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in args)
-    if origin is tuple:
-        each = args[:1] * len(value) if isinstance(value, tuple) and args[1:] == (...,) else args  # type: ignore[reportUnknownArgumentType]
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))  # type: ignore[reportUnknownArgumentType]
-    if kind is float:
-        return type(value) in (float, int)
-    plain = origin or kind
-    if plain is Any or not isinstance(plain, type):
-        return True
-    return isinstance(value, plain) and not (plain is int and isinstance(value, bool))
-
-
-def _described(kind: Any) -> str:
-    """An annotation in words."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(map(_described, args))
-    if origin is Literal:
-        return " or ".join(map(_toml_value, args))
-    if origin is tuple:
-        return f"a list, each {_described(args[0])}" if args[1:] == (...,) else f"a list of {len(args)}"
-    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))

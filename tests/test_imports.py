@@ -17,7 +17,7 @@ LAYERS = [
     {"model", "graph", "capture", "preprocess", "target", "budget", "overrun", "variants"},
     {"measure", "calibration"},
     {"evaluate"},
-    {"pipeline", "contracts"},
+    {"pipeline", "options", "contracts"},
     {"report", "artifact", "build", "diagnose", "bench", "commands", "api", "cli"},
 ]
 # Imported by fx_twin when a twin is built, and by the pass that tunes one.

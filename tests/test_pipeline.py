@@ -14,10 +14,11 @@ from qcompiler import registry
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, ContractViolated, PassRefused
 from qcompiler.model import Model
+from qcompiler.options import _fits
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
 from qcompiler.passes.plan.allocate import Allocate
 from qcompiler.passes.plan.uniform import Uniform
-from qcompiler.pipeline import EXACT, Pass, PassReport, Pipeline, _fits
+from qcompiler.pipeline import EXACT, Pass, PassReport, Pipeline
 from qcompiler.progress import Progress
 
 
@@ -117,7 +118,7 @@ def test_toml_there_and_back(pipeline: Pipeline, tmp_path: Path) -> None:
         ("x = 1", "list of"),
         ("pass = 3", "list of"),
         ("[[pass]]\nspec = 'int4'", "has no name"),
-        ("[[pass]]\nname = 'nothing'", "unknown name 'nothing'"),
+        ("[[pass]]\nname = 'nothing'", "here: there is no pass 'nothing'; choose one of absorb"),
         ("[[pass]]\nname = 'uniform'\ncolour = 'red'", "no option 'colour'"),
         ("[[pass]]\nname = 'uniform'\nspec = 4", "option 'spec'"),
         ("[[pass]]\nname = 'uniform'\nspec = 'int99'", "int"),
@@ -153,6 +154,69 @@ def test_a_value_of_the_wrong_type_is_told_with_what_is_expected(name: str, line
         Pipeline.from_toml(f"[[pass]]\nname = '{name}'\n{line}", "here")
     assert str(caught.value).startswith(f"here: option '{option}' of pass '{name}' is ")
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "told"),
+    [
+        (
+            "uniform",
+            "spec = 'int4-g0'",
+            "option 'spec' of pass 'uniform' is 'int4-g0': group size 0 is not positive; use",
+        ),
+        ("uniform", "spec = 'int1'", "option 'spec' of pass 'uniform' is 'int1': an integer format of 1 bits"),
+        ("uniform", "embeddings = 'x'", "option 'embeddings' of pass 'uniform' is 'x': unknown format 'x'; write"),
+        ("uniform", "activation = 'int8'", "option 'activation' of pass 'uniform' is 'int8': unknown activation mode"),
+        (
+            "uniform",
+            "activation = 'static'\nactivation_bits = 5",
+            "option 'activation_bits' of pass 'uniform' is 5: static",
+        ),
+        ("allocate", "budget = 'abc'", "option 'budget' of pass 'allocate' is 'abc': budget 'abc' is not an amount"),
+        ("allocate", "bits = [9]", "option 'bits' of pass 'allocate' is (9,): bits cannot be [9]; give widths"),
+        ("allocate", "method = 'best'", "option 'method' of pass 'allocate' is 'best': unknown name 'best'; choose"),
+        (
+            "allocate",
+            "mixed_blocks = ['int4']",
+            "option 'mixed_blocks' of pass 'allocate' is ('int4',): 'int4' has one",
+        ),
+        ("allocate", "rerank = 0\npairs = 1", "option 'rerank' of pass 'allocate' is 0: rerank must be 1 or more"),
+        (
+            "allocate",
+            "pairs = 4\npareto = 9",
+            "options 'pairs' and 'pareto' of pass 'allocate': pairs of 4 bits cannot",
+        ),
+        ("adadim", "samples = 0", "option 'samples' of pass 'adadim' is 0: 0 samples say nothing; give 1 or more"),
+        ("nearest", "samples = 0", "option 'samples' of pass 'nearest' is 0; give 1 or more"),
+        ("gptq", "follow = 2.0", "option 'follow' of pass 'gptq' is 2.0: follow 2 is no share of the error; give"),
+        ("adaround", "steps = 0", "option 'steps' of pass 'adaround' is 0; give 1 or more"),
+        ("adaquant", "rate = -1.0", "option 'rate' of pass 'adaquant' is -1.0; give 0 or more"),
+        ("tune", "epochs = 0\nsamples = 9", "option 'epochs' of pass 'tune' is 0; give 1 or more"),
+        ("tune", "bias_rate = nan", "option 'bias_rate' of pass 'tune' is nan; give 0 or more"),
+        ("bias-correction", "tokens = -1", "option 'tokens' of pass 'bias-correction' is -1; give 1 or more"),
+        (
+            "activation-ranges",
+            "percentile = 0.0",
+            "option 'percentile' of pass 'activation-ranges' is 0.0: a percentile",
+        ),
+        ("activation-ranges", "judges = 0", "option 'judges' of pass 'activation-ranges' is 0; give 1 or more"),
+        ("channel-order", "block = 0", "option 'block' of pass 'channel-order' is 0: blocks of 0, theta"),
+        ("choose-rounding", "among = ['gptq: samples = 0']", "option 'among' of pass 'choose-rounding' is ('gptq: sam"),
+    ],
+)
+def test_a_value_that_a_pass_refuses_is_told_with_file_pass_option_and_reason(name: str, lines: str, told: str) -> None:
+    with pytest.raises(BadOption) as caught:
+        Pipeline.from_toml(f"[[pass]]\nname = '{name}'\n{lines}", "here.toml")
+    assert str(caught.value).startswith(f"here.toml: {told}")
+
+
+def test_an_option_that_is_wrong_for_the_model_is_told_with_file_and_pass(model: Model) -> None:
+    """A pass that sees only when it runs what is wrong."""
+    text = "[[pass]]\nname = 'scale-fold'\npercentile = 101.0"
+    with pytest.raises(BadOption, match=r"here.toml, pass 'scale-fold': a percentile of 101.0 does not exist; give"):
+        Pipeline.from_toml(text, "here.toml").run(model)
+    with pytest.raises(BadOption, match=r"here.toml, pass 'uniform': target onnx stores no weight"):
+        Pipeline.from_toml("[[pass]]\nname = 'uniform'\nspec = 'int9'", "here.toml").foresee(model)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from qcompiler.budget import bits_per_weight
-from qcompiler.errors import PassRefused
+from qcompiler.errors import BadOption, PassRefused
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model, StaticRange
@@ -16,7 +16,7 @@ from qcompiler.passes.round.histograms import Histogram
 from qcompiler.passes.round.quantized_values import Target, choose_values
 from qcompiler.passes.round.range_search import RangeSearch
 from qcompiler.passes.round.streams import calibration_feeds
-from qcompiler.pipeline import Pass, PassReport
+from qcompiler.pipeline import Pass, PassReport, check_numbers
 from qcompiler.progress import Progress
 
 _TOKENS = 1 << 13
@@ -44,6 +44,12 @@ class ActivationRanges(Pass):
     samples: int = 64
     judges: int = 24
     outputs: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, ("samples", "judges"))
+        if not 0 < self.percentile <= 100:
+            what = f"a percentile of {self.percentile} does not exist"
+            raise BadOption(what, "pass 'activation-ranges'", "give more than 0, at most 100")
 
     def requires(self, model: Model) -> None:
         """Refuse a lowered model, and static plans without calibration data."""

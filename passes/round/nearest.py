@@ -21,7 +21,7 @@ from qcompiler.measure.stream import calibration_of
 from qcompiler.model import Model
 from qcompiler.passes.round.rows import input_rows, readers
 from qcompiler.passes.round.streams import calibration_feeds
-from qcompiler.pipeline import Pass, PassReport
+from qcompiler.pipeline import Pass, PassReport, check_numbers
 from qcompiler.progress import Progress
 
 _ROWS = 256  # of each sample: enough for a mean
@@ -45,6 +45,9 @@ class Nearest(Pass):
     clipping: Method = "mse"
     importance: Literal["none", "activations", "moments", "fisher"] = "none"
     samples: int = 32
+
+    def __post_init__(self) -> None:
+        check_numbers(self, ("samples",))
 
     def requires(self, model: Model) -> None:
         """Refuse a lowered model, and importance without data."""

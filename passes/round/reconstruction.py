@@ -123,9 +123,11 @@ class Reconstruction(Pass):
     def method(self) -> Method:
         """What its options mean to the engine."""
 
-    def requires(self, model: Model) -> None:
-        """Refuse wrong options, a model without data, or one that is lowered; say what to install."""
+    def __post_init__(self) -> None:
         check_numbers(self, ("steps", "batch", "samples", "tokens"), ("seed", *self.rates))
+
+    def requires(self, model: Model) -> None:
+        """Refuse a model without data, or one that is lowered; say what to install."""
         name = self.registered_name()
         if model.lowered:
             raise PassRefused("the model is lowered already", where=model.name)

@@ -62,13 +62,12 @@ class Tune(Pass):
     optional: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        rates = ("range_rate", "scale_rate", "code_rate", "bias_rate", "seed")
+        check_numbers(self, ("epochs", "samples", "tokens", "batch"), rates)
+
     def requires(self, model: Model) -> None:
         """Refuse a model that is lowered, not rounded, or without data; say what to install."""
-        check_numbers(
-            self,
-            ("epochs", "samples", "tokens", "batch"),
-            ("range_rate", "scale_rate", "code_rate", "bias_rate", "seed"),
-        )
         if model.lowered:
             raise PassRefused("the model is lowered already", where=model.name)
         if not self.optional and not model.weights and not model.ranges:
