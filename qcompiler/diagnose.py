@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompiler.artifact import Artifact
 from qcompiler.artifact.original import original_of
-from qcompiler.build.layers import alone, stored_weight, weight_name
+from qcompiler.build.layers import alone, weight_name
 from qcompiler.build.samples import Source, gather
 from qcompiler.build.score import rows
 from qcompiler.calibration import Calibration
@@ -23,6 +23,7 @@ from qcompiler.formats import QTensor
 from qcompiler.graph.functions import read_weight
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.cache import Cache
+from qcompiler.measure.decoded import decoded_weight
 from qcompiler.measure.segments import Segments
 from qcompiler.model import Model
 from qcompiler.pipeline import Pipeline
@@ -146,7 +147,7 @@ def diagnose(artifact: Artifact, model: Model, feeds: Sequence[Feeds], progress:
         share = rows([feed]) / rows([*feeds])
         truth = chain.run(chain.start(feed))
         _accumulate(chain, model, feed, truth, share, adding, progress)
-        all_rounded = {weight_name(s): stored_weight(s, model.weights[s.name].decode()) for s in sites}
+        all_rounded = {weight_name(s): decoded_weight(s, model.weights[s.name]) for s in sites}
         full = float(output_loss(truth, chain.run(chain.start(feed), 0, all_rounded)))
         _one_more(chain, model, feed, truth, full, share, all_rounded, gains, progress)
         weights += share * full
@@ -164,10 +165,16 @@ def _row(site: Site, model: Model, alone_: float, accumulated: float, gain: floa
     return LayerError(site.name, str(spec), alone_, accumulated, gain, cost)
 
 
-def _finer(matrix: npt.NDArray[np.float32], codes: QTensor) -> npt.NDArray[np.float32]:
+def _float_weight(site: Site) -> npt.NDArray[Any]:
+    assert site.weight.const_value is not None
+    return site.weight.const_value.numpy()
+
+
+def _finer(site: Site, codes: QTensor) -> npt.NDArray[Any]:
     """The weights with the error that they have now, shrunk as much as one more bit shrinks the step."""
-    bits = codes.spec.bits
-    return (matrix + (codes.decode() - matrix) * ((2**bits - 1) / (2 ** (bits + 1) - 1))).astype(np.float32)
+    bits, weight = codes.spec.bits, _float_weight(site)
+    error = decoded_weight(site, codes).astype(np.float32) - weight
+    return (weight + error * ((2**bits - 1) / (2 ** (bits + 1) - 1))).astype(weight.dtype)
 
 
 def _accumulate(
@@ -177,10 +184,10 @@ def _accumulate(
     """Quantize one layer after the other, in graph order, and add `share` of the loss after each to `total`."""
     boundary, done = chain.start(feed), dict[str, npt.NDArray[Any]]()
     for segment in progress.track(list(chain), "accumulated error"):
-        own = {weight_name(s): stored_weight(s, s.matrix()) for s in segment.sites if s.name in total}
+        own = {weight_name(s): _float_weight(s) for s in segment.sites if s.name in total}
         for site in segment.sites:
             if site.name in total:
-                done[weight_name(site)] = stored_weight(site, model.weights[site.name].decode())
+                done[weight_name(site)] = decoded_weight(site, model.weights[site.name])
                 outputs = chain.run(segment.run(boundary, {**own, **done}), segment.index + 1, done)
                 total[site.name] += share * float(output_loss(truth, outputs))
         boundary = segment.run(boundary, {**own, **done})
@@ -197,7 +204,7 @@ def _one_more(
             codes = model.weights.get(site.name)
             if codes is None or codes.spec.bits >= _WIDEST:
                 continue
-            change = {**rounded, weight_name(site): stored_weight(site, _finer(site.matrix(), codes))}
+            change = {**rounded, weight_name(site): _finer(site, codes)}
             outputs = chain.run(segment.run(boundary, change), segment.index + 1, change)
             fall = full - float(output_loss(truth, outputs))
             gains[site.name] = gains.get(site.name, 0.0) + share * fall

@@ -80,6 +80,12 @@ def room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
     return np.frombuffer(_open.map, dtype, count, start).reshape(shape)
 
 
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any], least: int = LEAST_BYTES) -> Array:
+    """An array to be filled: in the scratch file if it has at least so many bytes and there is room."""
+    found = room(shape, dtype) if prod(shape) * dtype.itemsize >= least else None
+    return np.empty(shape, dtype) if found is None else found
+
+
 def is_spilled(array: Array) -> bool:
     """Whether an array lies in the scratch file (or in another mapped one)."""
     base: Any = array

@@ -24,6 +24,7 @@ from qcompiler.formats.fit import Method, encode, fit, quantize
 from qcompiler.formats.scales import free_magnitude, magnitude, scaled
 from qcompiler.graph.panels import find_sums
 from qcompiler.graph.sites import Site
+from qcompiler.measure.decoded import decoded_weight
 from qcompiler.measure.segments import Segment
 from qcompiler.model import Model
 from qcompiler.passes.round.gptq_core import Factor, Order, factorize, gptq_round, hessian_loss
@@ -33,6 +34,7 @@ from qcompiler.passes.round.rows import block_count
 from qcompiler.passes.round.streams import Streams, calibration_feeds
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.progress import Progress
+from qcompiler.scratch import empty
 
 Array = npt.NDArray[Any]
 _LEAST_ROWS = 1 << 12  # of all samples together, for a Gram matrix
@@ -110,8 +112,8 @@ class GPTQ(Pass):
 
     def _keep(self, model: Model, streams: Streams, site: Site, tensor: QTensor) -> None:
         model.weights[site.name] = tensor
-        if self.sequential:
-            streams.replace(site, site.from_matrix(tensor.decode()))
+        if self.sequential and streams.is_read_behind(site):
+            streams.replace(site, decoded_weight(site, tensor))
 
     def _round_together(
         self,
@@ -135,10 +137,8 @@ class GPTQ(Pass):
                 factors[finer] = factorize(gram, self.damping, self.order, noise(product, finer))
             factor = factors[finer]
             with _overflow_refused(product):
-                matrix = np.concatenate([site.matrix() for site in product], 1)
-                unit = free_magnitude(matrix, next((s for s in specs if s.scale_dtype == "float16"), specs[0]))
-                matrix /= unit
-                tensors, error = self._round_product(matrix, cross, product, specs, factor)
+                unit = _unit(product, specs)
+                tensors, error = self._round_product(product, unit, cross, specs, factor)
             for site, tensor in zip(product, tensors, strict=True):
                 errors[site.name] = error
                 self._keep(model, streams, site, scaled(tensor, unit))
@@ -146,17 +146,22 @@ class GPTQ(Pass):
 
     def _round_product(
         self,
-        matrix: Floats,
-        cross: Floats | None,
         product: Product,
+        unit: np.float32,
+        cross: Floats | None,
         specs: Sequence[QuantSpec],
         factor: Factor,
     ) -> tuple[list[QTensor], dict[str, float]]:
-        """The better of GPTQ and nearest, in parts of rows; their errors relative to the power of the output."""
+        """The better of GPTQ and nearest, in parts of rows; their errors relative to the power of the output.
+
+        Weights are read, and divided by `unit`, part by part: a table of all tokens may be larger than what is free.
+        """
         parts: list[list[QTensor]] = []
         found, plain, power = 0.0, 0.0, 0.0
-        for rows in _row_parts(matrix.shape, specs, factor):
-            part = matrix[rows]
+        views = [site.to_matrix(_weight(site)) for site in product]
+        shape = (views[0].shape[0], sum(view.shape[1] for view in views))
+        for rows in _row_parts(shape, specs, factor):
+            part = np.concatenate([np.asarray(view[rows], np.float32) for view in views], 1) / unit
             target = part if cross is None else _followed(part, cross * np.float32(self.follow), factor)
             rounded, losses = self._round_rows(target, product, specs, factor)
             parts.append(rounded)
@@ -215,6 +220,17 @@ class GPTQ(Pass):
         return gram * mean, None if cross is None else np.asarray(cross * mean, np.float32)
 
 
+def _weight(site: Site) -> Array:
+    assert site.weight.const_value is not None
+    return site.weight.const_value.numpy()
+
+
+def _unit(product: Product, specs: Sequence[QuantSpec]) -> np.float32:
+    """The `free_magnitude` of matrices side by side."""
+    halves = [spec for spec in specs if spec.scale_dtype == "float16"]
+    return max(free_magnitude(_weight(site), (halves or specs)[0]) for site in product)
+
+
 def _row_parts(shape: tuple[int, ...], specs: Sequence[QuantSpec], factor: Factor) -> list[slice]:
     """Rows to be rounded at a time: a dozen arrays of their size are alive then.
 
@@ -232,7 +248,9 @@ def _stacked(parts: Sequence[Sequence[QTensor]]) -> list[QTensor]:
     panels: list[QTensor] = []
     for panel in zip(*parts, strict=True):
         zeros = [part.zero for part in panel if part.zero is not None]
-        codes, scale = (np.concatenate([getattr(part, name) for part in panel]) for name in ("codes", "scale"))
+        codes = empty((sum(part.shape[0] for part in panel), panel[0].shape[1]), panel[0].codes.dtype)
+        np.concatenate([part.codes for part in panel], out=codes)
+        scale = np.concatenate([part.scale for part in panel])
         panels.append(QTensor(panel[0].spec, codes, scale, np.concatenate(zeros) if zeros else None))
     return panels
 

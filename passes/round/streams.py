@@ -99,6 +99,18 @@ class Streams:
         assert site.weight.name is not None
         self.replaced[site.weight.name] = tensor
 
+    def is_read_behind(self, site: Site) -> bool:
+        """Whether what comes of a weight reaches another site, or a subgraph: if not, nobody needs it rounded."""
+        users = {user for other in self.segments.sites if other is not site for user in other.users}
+        todo, seen = list(site.users), set[ir.Node](site.users)
+        while todo:
+            behind = {node for value in todo.pop().outputs for node in value.consumers()} - seen
+            if behind & users or any(node.graph is not site.node.graph for node in behind):
+                return True
+            seen |= behind
+            todo += behind
+        return False
+
     def inputs(self, segment: Segment, site: Site) -> Iterator[tuple[ir.Node, Array, Array]]:
         """An operation that multiplies the site's weight, and what it reads in the rounded and in the exact stream.
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from qcompiler.build.score import rows
 from qcompiler.evaluate.fidelity import output_loss
 from qcompiler.graph.sites import Site
+from qcompiler.measure.decoded import decoded_weight
 from qcompiler.measure.segments import Segments
 from qcompiler.measure.stream import activations
 from qcompiler.model import Model
@@ -22,13 +20,6 @@ def weight_name(site: Site) -> str:
     """The initializer that holds a site's weight."""
     assert site.weight.name is not None
     return site.weight.name
-
-
-def stored_weight(site: Site, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.generic]:
-    """A matrix [rows, columns] as the weight tensor, in the type that the graph has there."""
-    tensor = site.weight.const_value
-    assert tensor is not None
-    return site.from_matrix(matrix).astype(tensor.dtype.numpy())
 
 
 def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progress) -> dict[str, float]:
@@ -60,7 +51,7 @@ def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progre
         for segment in progress.track(list(chain), "loss of single layers"):
             for site in segment.sites:
                 if site.name in chosen and time.monotonic() < deadline:
-                    change = {weight_name(site): stored_weight(site, model.weights[site.name].decode())}
+                    change = {weight_name(site): decoded_weight(site, model.weights[site.name])}
                     after = segment.run(boundary, change)
                     outputs = chain.run(after, segment.index + 1, change)
                     loss = rows([feed]) * float(output_loss(reference, outputs))

@@ -165,9 +165,13 @@ class QTensor:
         """(rows, columns)."""
         return self.codes.shape[0], self.codes.shape[1]
 
-    def decode(self) -> Floats:
-        """The matrix that the codes stand for, float32 [rows, columns]."""
-        matrix = np.empty(self.shape, np.float32)
+    def decode(self, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The matrix that the codes stand for, float32 [rows, columns].
+
+        Args:
+            out: an array of that shape to write it to, of any type of floats.
+        """
+        matrix = np.empty(self.shape, np.float32) if out is None else out
         for rows in row_parts(self.shape):
             scale, zero = spread_rows(self.scale, self.zero, self.spec, rows, self.shape[1])
             matrix[rows] = self.spec.format.decode(self.codes[rows], scale, zero)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy.typing as npt
 
 from qcompiler.formats.base import Floats, QTensor, QuantSpec
 from qcompiler.formats.fit import quantize
@@ -79,10 +81,15 @@ class Effective:
         """Memory of codes and scales."""
         return self.tensor.codes.nbytes + self.tensor.scale.nbytes
 
-    def decode(self) -> Floats:
-        """The effective weight, float32 [rows, columns]."""
-        matrix = self.tensor.decode()
-        return matrix if self.undo is None else self.undo(matrix)
+    def decode(self, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The effective weight, float32 [rows, columns], or written to `out` as `QTensor.decode` does it."""
+        if self.undo is None:
+            return self.tensor.decode(out)
+        matrix = self.undo(self.tensor.decode())
+        if out is None:
+            return matrix
+        out[...] = matrix
+        return out
 
 
 def effective(matrix: Floats, spec: QuantSpec) -> Effective:

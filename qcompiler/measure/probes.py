@@ -11,6 +11,7 @@ import numpy.typing as npt
 from qcompiler.formats import PerRowGroup, PerTensor, QuantSpec
 from qcompiler.formats.varied import VariedSpec, effective
 from qcompiler.graph.sites import Site
+from qcompiler.measure.decoded import decoded_weight
 from qcompiler.measure.loss import Kind, Reference
 from qcompiler.measure.patches import site_inputs
 from qcompiler.measure.segments import Boundary, Segment, Segments
@@ -54,8 +55,7 @@ class Probes:
 
         A format that makes outputs infinite or NaN has infinite loss, and a sketch of zeros.
         """
-        matrix = effective(site.matrix(), spec).decode()
-        change = {_weight(site): site.from_matrix(matrix).astype(_dtype(site))}
+        change = {_weight(site): decoded_weight(site, effective(site.matrix(), spec))}
         segment, boundary = self.before(self._place[site.name])
         return self.judge(segment, boundary, change)
 
@@ -116,8 +116,3 @@ class Probes:
 def _weight(site: Site) -> str:
     assert site.weight.name is not None
     return site.weight.name
-
-
-def _dtype(site: Site) -> np.dtype[Any]:
-    assert site.weight.const_value is not None
-    return site.weight.const_value.dtype.numpy()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from qcompiler.formats import QuantSpec
 from qcompiler.formats.varied import Effective, effective
 from qcompiler.graph.sites import Site
+from qcompiler.measure.decoded import decoded_weight
 
 Array = npt.NDArray[Any]
 
@@ -44,11 +45,10 @@ class QuantizedWeights:
         assert tensor is not None
         if option < 0:
             return tensor.numpy()
-        dtype = tensor.dtype.numpy()
 
         def decode() -> Array:
             codes = self._codes.get((site, option), lambda: effective(own.matrix(), self._specs[site][option]))
-            return own.from_matrix(codes.decode()).astype(dtype, copy=False)
+            return decoded_weight(own, codes)
 
         return self._arrays.get((site, option), decode)
 

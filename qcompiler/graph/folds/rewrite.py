@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import PassRefused
-from qcompiler.scratch import LEAST_BYTES, forget, let_go, room
+from qcompiler.scratch import empty, forget, let_go
 
 Floats = npt.NDArray[np.float64]
 Part = tuple[Any, Floats]  # where it lies in the constant, its new numbers
@@ -92,7 +92,7 @@ def _made(value: ir.Value, change: Change) -> ir.TensorProtocol:
         shape, parts = change.shape, ((index, change[index]) for index in _slices(change.shape, 0))
     else:
         shape, parts = tuple(old.shape.numpy()), change()
-    new = _array(shape, old.dtype.numpy())
+    new = empty(shape, old.dtype.numpy())
     for index, part in parts:
         with np.errstate(over="ignore"):
             new[index] = part.astype(new.dtype)
@@ -102,12 +102,6 @@ def _made(value: ir.Value, change: Change) -> ir.TensorProtocol:
         let_go([old])
         forget()
     return ir.tensor(new, name=value.name)
-
-
-def _array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """An array to be filled: in the scratch file if it is large and there is room."""
-    found = room(shape, dtype) if prod(shape) * dtype.itemsize >= LEAST_BYTES else None
-    return np.empty(shape, dtype) if found is None else found
 
 
 def _slices(shape: tuple[int, ...], axis: int) -> Iterator[Any]:
