@@ -51,7 +51,8 @@ class Model:
         cache: content-addressed store of long measurements.
         plan: the decisions of allocation.
         weights: site name -> codes, filled by rounding.
-        bias_shift: site name -> float32 [rows], added to the operation's output (bias correction).
+        bias_shift: site name -> float32 [rows], added to the operation's output (bias correction); or the name of a
+            norm's output -> float32 [channels], added to it.
         ranges: activation value name -> calibrated static range.
         lowered: True after InsertQDQ; from then on the graph itself holds the quantization.
         workdir: private folder for captured files; removed with the model's owner.

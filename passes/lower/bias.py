@@ -39,6 +39,36 @@ def add_to_bias(graph: ir.Graph, site: Site, shift: Floats) -> None:
             append_add(graph, node, _constant(graph, node, None, shaped(site, shift)))
 
 
+def is_biased(value: ir.Value) -> bool:
+    """Whether the operation that makes a value ends in a constant bias along the last axis, which can be corrected."""
+    return _bias_before(value) is not None
+
+
+def add_to_value(graph: ir.Graph, value: ir.Value, shift: Floats) -> None:
+    """Add `shift` (float32 [channels], along the last axis) to a value that a node makes, for all that read it."""
+    node, place = value.producer(), _bias_before(value)
+    assert node is not None
+    if place is not None:
+        _set_constant(graph, node, place, _numpy(node.inputs[place]) + shift)
+    elif node.op_type == "LayerNormalization":
+        node.resize_inputs(3)
+        _set_constant(graph, node, 2, shift)
+    else:
+        append_add(graph, node, _constant(graph, node, None, shift))
+
+
+def _bias_before(value: ir.Value) -> int | None:
+    """Which input of the node that makes a value is its bias: of a LayerNormalization, or of an Add."""
+    node = value.producer()
+    places = () if node is None or node.domain else {"LayerNormalization": (2,), "Add": (0, 1)}.get(node.op_type, ())
+    for index in places:
+        operand = node.inputs[index] if node is not None and index < len(node.inputs) else None
+        constant = None if operand is None else ir.convenience.get_const_tensor(operand)
+        if constant is not None and constant.size == constant.shape[-1] == (value.shape or (None,))[-1]:
+            return index
+    return None
+
+
 def _bias_of(node: ir.Node, rows: int) -> tuple[ir.Node, int] | None:
     """Where the constant bias of an operation is: its third input, or an addition to the sum that it is a term of."""
     own = _own_bias(node)

@@ -13,7 +13,7 @@ from qcompiler.errors import PassRefused
 from qcompiler.graph import functions
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model, StaticRange
-from qcompiler.passes.lower.bias import add_to_bias
+from qcompiler.passes.lower.bias import add_to_bias, add_to_value
 from qcompiler.passes.lower.stored_weight import store
 from qcompiler.pipeline import Pass, PassReport
 from qcompiler.plan import Plan
@@ -54,11 +54,16 @@ class InsertQDQ(Pass):
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Lower the model in place; metrics count weights, static and dynamic activations and corrected biases."""
         sites = {site.name: site for site in find_sites(model.ir)}
-        unknown = [n for n in (*model.plan.sites, *model.weights, *model.bias_shift) if n not in sites]
+        values = _values(model.graph)
+        unknown = [n for n in (*model.plan.sites, *model.weights) if n not in sites]
+        unknown += [name for name in model.bias_shift if name not in sites and name not in values]
         if unknown:
             raise PassRefused(f"no site '{unknown[0]}' in the graph", model.name)
         for name, shift in model.bias_shift.items():
-            add_to_bias(model.graph, sites[name], shift)
+            if name in sites:
+                add_to_bias(model.graph, sites[name], shift)
+            else:
+                add_to_value(model.graph, values[name], shift)
         names = [n for n, p in model.plan.sites.items() if p.weight is not None]
         for name in progress.track(names, "Writing codes"):
             _replace_weight(model, sites[name])

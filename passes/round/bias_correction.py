@@ -4,14 +4,16 @@ Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Corre
 form: E[W x - W~ x~] for each output channel, site by site, with all earlier sites quantized and corrected. Where a
 Relu or Clip follows, the mean in front of it may be off where nobody looks; so a shift is judged by the error
 behind it, and a channel that it would not help is left alone.
+
+The same behind norms is the "DAC" of D2Quant (2602.02546), which looks at the norm behind each attention; here all
+norms are places where it may help, and which channels do is its rule (`correction_places.clear_mean`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,20 +22,18 @@ import onnx_ir as ir
 from qcompiler.errors import PassRefused
 from qcompiler.formats import QTensor
 from qcompiler.formats.base import Floats
-from qcompiler.graph.sites import Site, find_sites
+from qcompiler.graph.sites import find_sites
 from qcompiler.measure.segments import Boundary, Segments
 from qcompiler.model import Model
-from qcompiler.passes.lower.bias import append_add, has_bias, shaped
+from qcompiler.passes.lower.bias import append_add
 from qcompiler.passes.lower.insert_qdq import InsertQDQ
-from qcompiler.passes.round.quantized_values import bounds_of, follower
-from qcompiler.passes.round.rows import block_count
+from qcompiler.passes.round.correction_places import Place, in_order, norm_places, product_places
 from qcompiler.passes.round.streams import calibration_feeds, narrow_rows
-from qcompiler.pipeline import Pass, PassReport, Refusal
+from qcompiler.pipeline import Pass, PassReport, Refusal, check_numbers
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress, Silent
 
 Array = npt.NDArray[Any]
-_POSITIONS = 512  # of each sample that a mean is taken over
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,18 @@ class BiasCorrection(Pass):
     Attributes:
         samples: of the calibration data, at most.
         tokens: for models of integer inputs, stop after about this many.
-        create: add a bias where an operation has none; that is 4 bytes a row, which no budget has room for.
+        create: add a bias where an operation or a norm has none; that is 4 bytes a channel, which no budget has room
+            for (the report says how many).
+        places: what is corrected: "products" (and convolutions), "norms" that the rounded sites read, or "all".
     """
 
     samples: int = 32
     tokens: int = 4096
     create: bool = False
+    places: Literal["products", "norms", "all"] = "products"
+
+    def __post_init__(self) -> None:
+        check_numbers(self, ("samples", "tokens"))
 
     def requires(self, model: Model) -> None:
         """Refuse a model that is lowered, planned but not rounded, or without data."""
@@ -61,105 +67,109 @@ class BiasCorrection(Pass):
             raise PassRefused("bias correction needs calibration data", where=model.name)
 
     def run(self, model: Model, progress: Progress) -> PassReport:
-        """Measure and store the shifts; metrics hold the largest one of each site, in standard deviations."""
-        sites = [site for site in find_sites(model.ir) if site.name in model.weights]
-        refused = [Refusal(s.name, "a table has no output channels to correct") for s in sites if s.op == "Gather"]
-        sites = [site for site in sites if site.op != "Gather"]
-        shared = {site.name for site in sites if len(site.users) > 1}
-        refused += [
-            Refusal(name, "several operations use it, whose means one shift cannot all mend") for name in shared
-        ]
-        sites = [site for site in sites if site.name not in shared]
-        if not self.create:
-            bare = {site.name for site in sites if not has_bias(site)}
-            refused += [Refusal(name, "it has no bias, and a new one would be stored") for name in sorted(bare)]
-            sites = [site for site in sites if site.name not in bare]
-        if not sites:
+        """Measure and store the shifts; metrics hold the largest one of each place, in standard deviations."""
+        places, refused = self._places(model)
+        if not places:
             return PassReport(self.registered_name(), 0, tuple(refused))
         feeds = calibration_feeds(model, self.samples, self.tokens)
-        shifts, sizes = self._shifts(model, sites, feeds, progress)
+        shifts, sizes = _shifts(model, places, feeds, progress)
         model.bias_shift.update(shifts)
-        return PassReport(self.registered_name(), len(shifts), tuple(refused), {"largest_shift": sizes})
+        new = sum(place.zeros.nbytes for place in places if place.bare and place.name in shifts)
+        metrics = {"largest_shift": sizes} | ({"new_bytes": new} if new else {})
+        return PassReport(self.registered_name(), len(shifts), tuple(refused), metrics)
 
-    def _shifts(
-        self, model: Model, sites: list[Site], feeds: list[dict[str, Array]], progress: Progress
-    ) -> tuple[dict[str, Floats], dict[str, float]]:
-        """Site by site: what the output lacks when all before is quantized and corrected."""
-        simulated = _simulation(model, sites)
-        exact, found = (
-            _Stream(m, model.weights.keys(), codes, feeds) for m, codes in ((model, {}), (simulated, model.weights))
-        )
-        shifts: dict[str, Floats] = {}
-        sizes: dict[str, float] = {}
-        for site in progress.track(sites, "Correcting biases"):
-            activation = follower(site.node.outputs[0])
-            bounds = None if activation is None else bounds_of(activation)
-            reference = exact.outputs(site.name)
-            shift = _best_shift(reference, found.outputs(site.name), bounds or (-np.inf, np.inf))
-            shifts[site.name] = shift
-            sizes[site.name] = float(np.abs(shift).max() / max(reference.std(dtype=np.float64), 1e-12))
-            constant = simulated.graph.initializers[_shift_name(site)].const_value
-            assert constant is not None
-            found.replaced[_shift_name(site)] = shift.reshape(constant.numpy().shape)
-        return shifts, sizes
+    def _places(self, model: Model) -> tuple[list[Place], list[Refusal]]:
+        """Where to correct, in the order of the graph, and why not elsewhere."""
+        sites = [site for site in find_sites(model.ir) if site.name in model.weights]
+        places, refused = product_places(sites) if self.places != "norms" else ([], [])
+        norms, without = norm_places(sites) if self.places != "products" else ([], [])
+        places, refused = in_order(model.graph, [*places, *norms]), [*refused, *without]
+        if self.create:
+            return places, refused
+        bare = sorted(place.name for place in places if place.bare)
+        refused += [Refusal(name, "it has no bias, and a new one would be stored") for name in bare]
+        return [place for place in places if not place.bare], refused
 
 
-def _simulation(model: Model, sites: list[Site]) -> Model:
-    """A copy with quantized activations, and behind each site the addition of a shift, zero so far."""
+def _shifts(
+    model: Model, places: list[Place], feeds: list[dict[str, Array]], progress: Progress
+) -> tuple[dict[str, Floats], dict[str, float]]:
+    """Place by place: what it lacks when all before is quantized and corrected. A norm that lacks nothing has none."""
+    simulated = _simulation(model, places)
+    exact, found = (
+        _Stream(m, places, model.weights.keys(), codes, feeds) for m, codes in ((model, {}), (simulated, model.weights))
+    )
+    shifts: dict[str, Floats] = {}
+    sizes: dict[str, float] = {}
+    for place in progress.track(places, "Correcting biases"):
+        reference = exact.values(place)
+        shift = place.choose(reference, found.values(place))
+        if place.name in model.weights or shift.any():
+            shifts[place.name] = shift
+            sizes[place.name] = float(np.abs(shift).max() / max(reference.std(dtype=np.float64), 1e-12))
+        found.replaced[_shift_name(place)] = shift.reshape(place.zeros.shape).astype(place.zeros.dtype)
+    return shifts, sizes
+
+
+def _simulation(model: Model, places: list[Place]) -> Model:
+    """A copy with quantized activations, and behind each place the addition of a shift, zero so far."""
     copy = model.clone()
-    own = {site.name: site for site in find_sites(copy.ir)}
-    for site in (own[s.name] for s in sites):
-        _append_shift(copy.graph, site)
+    values = {str(value.name): value for node in copy.graph for value in node.outputs}
+    for place in places:
+        shift = ir.val(_shift_name(place), const_value=ir.tensor(place.zeros, name=_shift_name(place)))
+        copy.graph.register_initializer(shift)
+        producer = values[place.value].producer()
+        assert producer is not None
+        append_add(copy.graph, producer, shift)  # the sum takes over the name
     rows = {name: replace(entry, weight=None) for name, entry in narrow_rows(model.plan).items()}
     copy.plan, copy.weights, copy.bias_shift = Plan(rows), {}, {}
     InsertQDQ().run(copy, Silent())
     return copy
 
 
-def _shift_name(site: Site) -> str:
-    return f"{site.name}/bias_shift"
-
-
-def _append_shift(graph: ir.Graph, site: Site) -> None:
-    """Add a constant, zero so far, to the output of a site; the sum takes over the output's name."""
-    name = _shift_name(site)
-    dtype = (site.weight.dtype or ir.DataType.FLOAT).numpy()
-    zeros = shaped(site, np.zeros(site.rows, np.float32)).astype(dtype)
-    shift = ir.val(name, const_value=ir.tensor(zeros, name=name))
-    graph.register_initializer(shift)
-    for node in site.users:
-        if node.op_type != "Gather":
-            append_add(graph, node, shift)
+def _shift_name(place: Place) -> str:
+    return f"{place.name}/bias_shift"
 
 
 class _Stream:
-    """Calibration data in front of one segment of a model, moved on as needed; sites must come in order.
+    """Calibration data in front of one segment of a model, moved on as needed; places must come in order.
 
     Attributes:
         replaced: initializer name -> array, used instead from here on.
     """
 
     def __init__(
-        self, model: Model, rounded: Collection[str], codes: Mapping[str, QTensor], feeds: list[dict[str, Array]]
+        self,
+        model: Model,
+        places: list[Place],
+        rounded: Collection[str],
+        codes: Mapping[str, QTensor],
+        feeds: list[dict[str, Array]],
     ) -> None:
-        self.sites = {site.name: site for site in find_sites(model.ir) if site.name in rounded}
+        self._places = places
         self.replaced: dict[str, Array] = {}
         self._codes = codes
-        self._segments = Segments(model.ir, list(self.sites.values()))
+        self._segments = Segments(model.ir, [site for site in find_sites(model.ir) if site.name in rounded])
         self._boundaries: list[Boundary] = [self._segments.start(feed) for feed in feeds]
         self._position = -1
         self._seen: dict[str, Floats] = {}
 
-    def outputs(self, name: str) -> Floats:
-        """Output of a site, [positions of all samples, rows], thinned out."""
-        index = self._segments.index_of(name)
-        while self._position < index:
+    def values(self, place: Place) -> Floats:
+        """What is at a place, [positions of all samples, channels], thinned out."""
+        while self._position < 0 or not (self._is_here(place) or self._is_before(place)):
             self._step()
-        if self._codes:  # what is before a site may have changed since
-            return self._read([name])[name]
-        if name not in self._seen:
-            self._seen = self._read([s.name for s in self._segments[index].sites if s.op != "Gather"])
-        return self._seen[name]
+        if self._codes:  # what is before a place may have changed since
+            return self._read([place])[place.name]
+        if place.name not in self._seen:
+            self._seen = self._read([p for p in self._places if self._is_here(p)] if self._is_here(place) else [place])
+        return self._seen[place.name]
+
+    def _is_here(self, place: Place) -> bool:
+        return place.value in self._segments[self._position].made
+
+    def _is_before(self, place: Place) -> bool:
+        """It depends on no site: then it has been made before the first segment."""
+        return place.value in self._boundaries[0]
 
     def _step(self) -> None:
         """Go behind a segment; decode the weights of the next one, and let go of those that nothing needs now."""
@@ -175,35 +185,11 @@ class _Stream:
             if site.name in self._codes:
                 self.replaced[str(site.weight.name)] = site.from_matrix(self._codes[site.name].decode())
 
-    def _read(self, names: list[str]) -> dict[str, Floats]:
-        values = {name: str(self.sites[name].node.outputs[0].name) for name in names}
-        parts: dict[str, list[Floats]] = {name: [] for name in names}
+    def _read(self, places: list[Place]) -> dict[str, Floats]:
+        names = list(dict.fromkeys(place.value for place in places))
+        parts: dict[str, list[Floats]] = {place.name: [] for place in places}
         for boundary in self._boundaries:
-            found = self._segments[self._position].read(boundary, list(values.values()), self.replaced)
-            for name in names:
-                parts[name].append(_by_channel(self.sites[name], found[values[name]]))
+            found = self._segments[self._position].read(boundary, names, self.replaced)
+            for place in places:
+                parts[place.name].append(place.by_channel(found[place.value]))
         return {name: np.concatenate(part) for name, part in parts.items()}
-
-
-def _by_channel(site: Site, y: Array) -> Floats:
-    """[positions, rows], evenly thinned out."""
-    if site.layout.startswith("conv"):
-        flat = np.moveaxis(y, 1, -1).reshape(-1, site.rows)
-    elif block_count(site) == 1:
-        flat = y.reshape(-1, site.rows)
-    else:  # a batch of matrices: [..., *batch, positions, N] -> [positions, batch * N]
-        batch = (*site.shape[:-2], site.shape[-1])
-        flat = y.reshape(-1, block_count(site), *y.shape[-2:]).swapaxes(1, 2).reshape(-1, prod(batch))
-    step = max(1, len(flat) // _POSITIONS)
-    return np.asarray(flat[::step], np.float32)
-
-
-def _best_shift(exact: Floats, found: Floats, bounds: tuple[float, float]) -> Floats:
-    """Of no shift, the mean difference and the median difference: the best for each channel.
-
-    Judged by the absolute error: a few clipped outliers would otherwise decide for all other positions.
-    """
-    goal = np.clip(exact, *bounds)
-    choices = [np.zeros(exact.shape[1]), (exact - found).mean(0), np.median(exact - found, 0)]
-    errors = [np.abs(np.clip(found + shift, *bounds) - goal).mean(0) for shift in choices]
-    return np.choose(np.argmin(errors, 0), choices).astype(np.float32)

@@ -48,7 +48,8 @@ class TunedTwin(LearningTwin):
         codes: how the codes of weights are learned beside their scales.
 
     Attributes:
-        weights: by site. grids: by activation value. shifts: by site, where a bias is there to take them.
+        weights: by site. grids: by activation value. shifts: by site, where a bias is there to take them,
+            and by the norm's output where a norm has one.
 
     Raises:
         MissingExtra, BadModel: as `fx_twin`.
@@ -65,9 +66,14 @@ class TunedTwin(LearningTwin):
         for site in (s for s in sites if s.op != "Gather" and block_count(s) in (1, s.groups)):
             if site.name in model.bias_shift or has_bias(site):
                 self._add_shift(site, model.bias_shift.get(site.name))
+        values = {str(v.name): v for node in model.graph for v in node.outputs}
+        known = {site.name for site in find_sites(model.ir)}
+        for name, start in ((n, s) for n, s in model.bias_shift.items() if n not in known):  # behind norms
+            shift = self.shifts[name] = Shift(len(start), (-1,))
+            shift.value.data = torch.from_numpy(np.array(start, np.float32))
+            self.insert(name, shift)
         for site in (s for s in sites if s.name in rows):
             self.insert_rows(site, rows[site.name])
-        values = {str(v.name): v for node in model.graph for v in node.outputs}
         for target in targets:
             self._add_grid(target, values.get(str(target.value.name)), model.ranges)
         self.close(model)

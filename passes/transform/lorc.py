@@ -59,7 +59,7 @@ class LoRC(Pass):
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Add a branch wherever one is possible and helps."""
         plans = {s: p for s in find_sites(model.ir) if (p := model.plan.sites.get(s.name)) is not None and p.weight}
-        corrected = [site for site in plans if site.name in model.bias_shift]
+        corrected = [s for s in plans if model.bias_shift.keys() & {s.name, *(str(v.name) for v in s.activations)}]
         groups, refused = readers({s: p for s, p in plans.items() if s not in corrected}, share=self.common)
         refused += [Refusal(s.name, "no branch: its bias is corrected already: put it behind") for s in corrected]
         branches: dict[str, dict[str, float]] = {}
