@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import BadOption, Refusal
 from qcompiler.graph.folds import Stream, find_stream
+from qcompiler.graph.folds.rewrite import peak
 from qcompiler.graph.topology import residual_streams
 from qcompiler.model import Model
 from qcompiler.passes.transform.hadamard import largest_block, rotation
@@ -107,11 +107,5 @@ class Rotate(Pass):
 
 
 def _peak(stream: Stream) -> float:
-    """Largest |weight| of the readers over their root mean square: what a common grid has to span."""
-    largest = 0.0
-    for value in {turn.constant.value for turn in stream.readers}:
-        assert value.const_value is not None
-        array = np.asarray(value.const_value.numpy(), np.float32)
-        size = float(np.sqrt(np.square(array, dtype=np.float64).mean()))
-        largest = max(largest, float(np.abs(array).max(initial=0)) / size if size else 0.0)
-    return largest
+    """That of the worst of the readers."""
+    return max((peak(value) for value in {turn.constant.value for turn in stream.readers}), default=0.0)

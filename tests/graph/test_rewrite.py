@@ -89,3 +89,11 @@ def test_constants_without_numbers() -> None:
     rewrite.commit({value: rewrite.scaled(value, [(0.0, np.array(2.0))])})
     assert numbers(value).shape == (0, 3)
     assert rewrite.largest(value, 0.0, (0,)).size == 0
+
+
+def test_the_peak_is_the_reach_over_the_root_mean_square() -> None:
+    array = RNG.normal(size=(3, 40)).astype(np.float32)
+    array[1, 7] = -30
+    assert rewrite.peak(constant(array)) == pytest.approx(30 / np.sqrt(np.square(array.astype(np.float64)).mean()))
+    assert rewrite.peak(constant(np.zeros((2, 3), np.float32))) == 0
+    assert rewrite.peak(constant(np.zeros((0, 3), np.float32))) == 0

@@ -74,6 +74,14 @@ def largest(value: ir.Value, offset: float, axes: tuple[int, ...]) -> Floats:
     return np.maximum(high + offset, -(low + offset))
 
 
+def peak(value: ir.Value) -> float:
+    """The largest magnitude of a constant over its root mean square: what a common grid has to span; 0 of zeros."""
+    raw = _raw(value)
+    reach = float(largest(value, 0.0, tuple(range(raw.ndim))).max(initial=0))
+    squares = sum(float(np.square(raw[index], dtype=np.float64).sum()) for index in _slices(raw.shape, 0))
+    return reach / (squares / raw.size) ** 0.5 if squares else 0.0
+
+
 def commit(changes: Mapping[ir.Value, Change]) -> None:
     """Store new numbers.
 
