@@ -41,19 +41,23 @@ class Target:
         return static_range(max(low, self.low), min(high, self.high), self.high)
 
 
-def choose_values(graph: ir.Graph, products: Collection[ir.Node], outputs: bool) -> list[Target]:
+def choose_values(
+    graph: ir.Graph, products: Collection[ir.Node], outputs: bool, without: Collection[str] = ()
+) -> list[Target]:
     """The values to quantize, in topological order.
 
     Args:
         graph: the float graph, sorted.
         products: the operations of the sites whose activations are static.
         outputs: whether results of the graph itself may be quantized.
+        without: names of values that are not; nor is then what only follows them.
     """
     found: dict[ir.Value, Target] = {}
 
     def add(target: Target) -> None:
         value = target.value
-        if (outputs or not value.is_graph_output()) and value.dtype in (None, ir.DataType.FLOAT):
+        wanted = (outputs or not value.is_graph_output()) and value.name not in without
+        if wanted and value.dtype in (None, ir.DataType.FLOAT):
             found.setdefault(value, target)
 
     for node in graph:

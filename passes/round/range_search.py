@@ -138,9 +138,7 @@ class RangeSearch:
         for number, (boundary, exact) in enumerate(zip(boundaries, self._exact, strict=True)):
             outputs = self._segments.run(boundary, start, changes)
             losses[number] = sum(
-                _power(outputs[name] - y) / (_power(y) or 1.0)
-                for name, y in exact.items()
-                if np.issubdtype(y.dtype, np.floating)
+                _relative(outputs[name], y) for name, y in exact.items() if np.issubdtype(y.dtype, np.floating)
             )
             seen = slice(number + 1)
             if best is not None and number >= _FEW and losses[seen].sum() > _LOST * best[seen].sum():
@@ -154,6 +152,15 @@ def _make_constant(site: Site, matrix: npt.NDArray[np.float32]) -> None:
     assert tensor is not None
     array = site.from_matrix(matrix).astype(tensor.dtype.numpy(), copy=False)
     site.weight.const_value = ir.tensor(array, name=site.weight.name)
+
+
+def _relative(found: Array, exact: Array) -> float:
+    """Squared error relative to the power, where the float model gives numbers; infinite if a number is lost there."""
+    known = np.isfinite(exact)
+    if not known.all():
+        found, exact = found[known], exact[known]
+    error = _power(found - exact) / (_power(exact) or 1.0)
+    return error if np.isfinite(error) else np.inf
 
 
 def _power(array: Array) -> float:

@@ -38,7 +38,7 @@ class Judgement:
         verification: one entry a kind of inputs, as `Agreement.conclude` makes it.
         fidelity: sqnr_db, kl, top1_agreement against the original; None where undefined. On held-back samples,
             or on the calibration samples where none are held back.
-        loss: the loss that allocation predicts, of the artifact, on the same samples.
+        loss: the loss that allocation predicts, of the artifact, on the same samples; None where it is not finite.
         held_back: samples that fidelity was taken on; 0 if these are the calibration samples.
         batch: samples a run, such that the outputs of a run stay small.
         length: positions of a text that were run, for the same reason; None: all.
@@ -47,7 +47,7 @@ class Judgement:
 
     verification: list[dict[str, Any]]
     fidelity: dict[str, float | None]
-    loss: float
+    loss: float | None
     held_back: int
     batch: int
     length: int | None

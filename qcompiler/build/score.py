@@ -45,9 +45,10 @@ class Score:
         self.samples += count
 
     @property
-    def loss(self) -> float:
-        """Mean loss of a sample: KL for class scores, else normalised squared error."""
-        return self._loss / max(self.samples, 1)
+    def loss(self) -> float | None:
+        """Mean loss of a sample: KL for class scores, else normalised squared error; None where it is not finite."""
+        found = self._loss / max(self.samples, 1)
+        return found if np.isfinite(found) else None
 
     @property
     def fidelity(self) -> dict[str, float | None]:
