@@ -6,6 +6,7 @@ Claim, written before the run: with groups of 64 and a branch of at most a quart
 smoothing with groups of 32 (a quarter of a bit for scales), SmoothQuant's at 0.5 and 0.8 and AWQ's, by more than 0.5 dB
 at W4, W4A8, W4A4 and W3, rounded to nearest; and by more than 0 dB at W4A4 where GPTQ rounds both. Control: with
 Gaussian weights and gains of one there is nothing that a branch could take over: at most 0.5 dB over finer groups.
+Factors of int8, which are twice as many in the same bytes, are better than those of float16 (no part of the paper).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qcompiler.passes.plan.uniform import Uniform
 from qcompiler.passes.round.gptq import GPTQ
 from qcompiler.passes.round.nearest import Nearest
 from qcompiler.passes.transform.awq import AWQ
+from qcompiler.passes.transform.factors import FactorBits
 from qcompiler.passes.transform.smooth import Smooth
 from qcompiler.passes.transform.svdquant import SVDQuant
 from qcompiler.pipeline import Pass
@@ -55,6 +57,7 @@ def gaussian(model: Model) -> None:
         value.const_value = ir.tensor(new.astype(np.float32), name=value.name)
 
 
+FACTORS: dict[str, FactorBits] = {"": 16, ", int8 factors": 8}
 BASELINES = ("smooth 0.5 g32", "smooth 0.8 g32", "awq g32")
 
 
@@ -63,8 +66,14 @@ def arms(case: str) -> dict[str, Sequence[Pass]]:
     kind, activation, rounding = CASES[case]
     coarse, fine = (Uniform(f"{kind}-g{group}-fp16", keep=KEPT, **activation) for group in (64, 32))
     transforms = (Smooth(sites="all"), Smooth(0.8, sites="all"), AWQ(grid=10))
-    smoothed = {arm: [fine, item, rounding] for arm, item in zip(BASELINES, transforms, strict=True)}
-    return {**smoothed, "svdquant g64": [coarse, SVDQuant(share=SHARE, grid=8, sweeps=10), rounding]}
+    smoothed: dict[str, Sequence[Pass]] = {
+        arm: [fine, item, rounding] for arm, item in zip(BASELINES, transforms, strict=True)
+    }
+    branches: dict[str, Sequence[Pass]] = {
+        f"svdquant g64{name}": [coarse, SVDQuant(share=SHARE, grid=8, sweeps=10, factor_bits=bits), rounding]
+        for name, bits in FACTORS.items()
+    }
+    return smoothed | branches
 
 
 def run(claim: Claim, where: str, found: Fixture, case: str) -> None:
@@ -74,7 +83,7 @@ def run(claim: Claim, where: str, found: Fixture, case: str) -> None:
         measured = measure(found, passes)
         sizes[arm] = measured.bytes
         claim.record(f"{where} {case}", arm, measured)
-    if sizes["svdquant g64"] > sizes["awq g32"]:
+    if max(size for arm, size in sizes.items() if "svdquant" in arm) > sizes["awq g32"]:
         raise SystemExit("the arms do not store the same")
 
 
@@ -92,6 +101,8 @@ def main() -> None:
             for case, (_, _, rounding) in CASES.items():
                 margin = 0.5 if isinstance(rounding, Nearest) else 0.0
                 claim.better(f"{name} {case}", "svdquant g64", baseline, margin)
+        for case in CASES:
+            claim.better(f"{name} {case}", "svdquant g64, int8 factors", "svdquant g64")
         claim.vanishes(f"gaussian {name} W4A4", "svdquant g64", BASELINES[0], 0.5)
         claim.show()
 

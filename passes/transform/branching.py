@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.errors import Refusal
+from qcompiler.errors import BadOption, Refusal
 from qcompiler.formats.base import Floats
 from qcompiler.graph.branches import add_branch
 from qcompiler.graph.sites import Site
 from qcompiler.model import Model
-from qcompiler.passes.transform.factors import Factors, Rounding
+from qcompiler.passes.transform.factors import FactorBits, Factors, Rounding
+from qcompiler.pipeline import Pass
 from qcompiler.plan import SitePlan
 
-BITS = 16  # of a stored number
+BITS: FactorBits = 16  # of a stored number of factors, if nothing else is asked for
+_STEP = 32  # of the step that goes with each direction of factors in int8
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +64,15 @@ class Readers:
         """Rows of a matrix, site by site."""
         return np.split(matrix, np.cumsum([site.rows for site in self.sites])[:-1])
 
-    def rank(self, most: int, share: float) -> int | Refusal:
-        """The rank of a branch: at most `most`, storing at most `share` bits per weight.
+    def rank(self, most: int, share: float, bits: FactorBits = BITS) -> int | Refusal:
+        """The rank of a branch of numbers of so many bits: at most `most`, storing at most `share` bits per weight.
 
         Returns:
             A rank, or why there is none.
         """
         count = self.rows * self.columns
-        rank = min(most, int(share * count / (BITS * (self.rows + self.columns))))
+        each = bits * (self.rows + self.columns) + (0 if bits == BITS else _STEP)
+        rank = min(most, int(share * count / each))
         if rank < 1:
             return Refusal(self.name, f"no branch: one of rank 1 stores more than {share:g} bits per weight")
         if rank >= min(self.rows, self.columns):
@@ -127,8 +130,18 @@ def put_beside(model: Model, group: Readers, factors: Factors) -> dict[str, dict
     Returns:
         By name of a site the rank of its branch, and the bytes stored with it (the shared factor with the first).
     """
-    lefts = [left.astype(np.float16) for left in group.split(factors.left)]
-    right = factors.right.astype(np.float16)
-    add_branch(model.ir, group.sites, lefts, right)
-    sizes = [left.nbytes + (0 if number else right.nbytes) for number, left in enumerate(lefts)]
+    dtype = np.float16 if factors.steps is None else np.int8
+    lefts = [left.astype(dtype) for left in group.split(factors.left)]
+    codes = factors.right if factors.steps is None else np.rint(factors.right / factors.steps[:, None])
+    right = codes.astype(dtype)
+    add_branch(model.ir, group.sites, lefts, right, factors.steps)
+    shared = right.nbytes + (0 if factors.steps is None else factors.steps.nbytes)
+    sizes = [left.nbytes + (0 if number else shared) for number, left in enumerate(lefts)]
     return {site.name: {"rank": len(right), "bytes": size} for site, size in zip(group.sites, sizes, strict=True)}
+
+
+def check_factors(item: Pass, bits: int) -> None:
+    """Raise BadOption for an option `factor_bits` of a pass that there is no form for."""
+    if bits not in (8, 16):
+        where = f"pass '{item.registered_name()}'"
+        raise BadOption(f"there are no factors of {bits} bits", where, "use factor_bits = 8 or 16")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.linalg import eigh
@@ -17,6 +18,7 @@ from qcompiler.formats import QuantSpec
 from qcompiler.formats.base import Floats
 from qcompiler.formats.fit import encode, fit
 
+FactorBits = Literal[8, 16]
 Judge = Callable[[Floats, Floats], float]  # (W - U V, the same rounded) -> cost
 
 
@@ -65,10 +67,16 @@ class Metric:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """U float32 [rows, rank] and V [rank, columns], numbers of float16."""
+    """U float32 [rows, rank] and V [rank, columns], as they are stored.
+
+    Attributes:
+        left, right: numbers of float16; or whole numbers of int8, and such numbers times the steps.
+        steps: float32 [rank], of the rows of V where both are int8 (those of U are in them); None: float16.
+    """
 
     left: Floats
     right: Floats
+    steps: Floats | None = None
 
     @staticmethod
     def zero(rows: int, columns: int, rank: int) -> Factors:
@@ -108,11 +116,13 @@ class Search:
         sweeps: of V, U and scales, at most; the search ends with the first one that is no better.
         repeats: of U in a sweep, with the same V and scales.
         of_weight: the first factors are those of the weight itself, not of its rounding error.
+        bits: of a stored number of the factors, 8 or 16.
     """
 
     sweeps: int = 3
     repeats: int = 5
     of_weight: bool = False
+    bits: FactorBits = 16
 
 
 def search(
@@ -139,7 +149,7 @@ def search(
     best: Factors | None = None
     costs: list[float] = []
     for _ in range(how.sweeps):
-        found = _sweep(matrix, matrix - rounded, rounding, metric, rank, how.repeats)
+        found = _sweep(matrix, matrix - rounded, rounding, metric, rank, how)
         if found is None:
             break
         factors, rounded = found
@@ -151,18 +161,18 @@ def search(
 
 
 def _sweep(
-    matrix: Floats, error: Floats, rounding: Rounding, metric: Metric, rank: int, repeats: int
+    matrix: Floats, error: Floats, rounding: Rounding, metric: Metric, rank: int, how: Search
 ) -> tuple[Factors, Floats] | None:
     """Factors of an error, and what is left of the matrix rounded; U again for the error that this makes."""
     right = _directions(error, metric, rank)
-    factors = None if right is None else _fitted(error, right, metric)
+    factors = None if right is None else _fitted(error, right, metric, how.bits)
     if right is None or factors is None:
         return None
     rest = matrix - factors.product()
     grid = rounding.fitted(rest)
     rounded = grid(rest)
-    for _ in range(repeats - 1):
-        again = _fitted(matrix - rounded, right, metric)
+    for _ in range(how.repeats - 1):
+        again = _fitted(matrix - rounded, right, metric, how.bits)
         if again is None:
             break
         factors = again
@@ -170,10 +180,10 @@ def _sweep(
     return factors, rounded
 
 
-def approximate(error: Floats, metric: Metric, rank: int) -> Factors | None:
-    """The U V of a rank that leave the least cost of error - U V; None if there are none in float16."""
+def approximate(error: Floats, metric: Metric, rank: int, bits: FactorBits = 16) -> Factors | None:
+    """The U V of a rank that leave the least cost of error - U V; None if there are none in float16 (or int8)."""
     right = _directions(error, metric, rank)
-    return None if right is None else _fitted(error, right, metric)
+    return None if right is None else _fitted(error, right, metric, bits)
 
 
 def _directions(error: Floats, metric: Metric, rank: int) -> Floats | None:
@@ -219,15 +229,36 @@ def _by_products(error: Floats, metric: Metric, rank: int) -> Floats | None:
     return np.asarray(vectors, np.float32)
 
 
-def _fitted(error: Floats, right: Floats, metric: Metric) -> Factors | None:
-    """The U of least cost for directions V [rank, columns] whose largest elements are 1, both as float16 holds them.
+def _fitted(error: Floats, right: Floats, metric: Metric, bits: FactorBits) -> Factors | None:
+    """The U of least cost for directions V [rank, columns] whose largest elements are 1, both as they are stored.
 
-    A power of two is moved from U to V, half of what U is larger, for the range of float16; None where it overflows.
+    None where they overflow.
     """
-    right = right.astype(np.float16).astype(np.float32)
+    narrow = bits == 8
+    right = _codes(right, 1)[0] if narrow else right.astype(np.float16).astype(np.float32)
     weighted = metric.weigh(right)
     inverse = np.linalg.pinv(weighted @ right.T, rcond=1e-6, hermitian=True)
-    left = error @ weighted.T @ inverse
+    left = np.asarray(error @ weighted.T @ inverse, np.float32)
+    if not np.isfinite(left).all():
+        return None
+    return _with_steps(left, right) if narrow else _halved(left, right)
+
+
+def _with_steps(left: Floats, right: Floats) -> Factors:
+    """U in int8 beside V in whole numbers; its steps go into V."""
+    codes, steps = _codes(left, 0)
+    return Factors(codes, right * steps.T, steps[0])
+
+
+def _codes(matrix: Floats, axis: int) -> tuple[Floats, Floats]:
+    """Whole numbers up to 127 along an axis, and their steps (1 where all are 0), which keep it with length 1."""
+    reach = np.abs(matrix).max(axis, keepdims=True, initial=0) / np.float32(127)
+    steps = np.where(reach > 0, reach, np.float32(1))
+    return np.rint(matrix / steps), steps
+
+
+def _halved(left: Floats, right: Floats) -> Factors | None:
+    """Both in float16: for its range a power of two is moved from U to V, half of what U is larger."""
     reach = np.abs(left).max(0, initial=0)
     shift = np.exp2(np.round(np.log2(np.where(reach > 0, reach, 1)) / 2)).astype(np.float32)
     with np.errstate(over="ignore"):

@@ -13,8 +13,8 @@ from qcompiler.graph.sites import find_sites
 from qcompiler.measure.gram import gram_parts, grams
 from qcompiler.measure.statistics import channel_statistics
 from qcompiler.model import Model
-from qcompiler.passes.transform.branching import Readers, put_beside, readers
-from qcompiler.passes.transform.factors import Factors, Metric, Search, approximate, search
+from qcompiler.passes.transform.branching import Readers, check_factors, put_beside, readers
+from qcompiler.passes.transform.factors import FactorBits, Factors, Metric, Search, approximate, search
 from qcompiler.passes.transform.inputs import enough_samples
 from qcompiler.pipeline import EXACT, Pass, PassReport, check_numbers
 from qcompiler.progress import Progress
@@ -37,6 +37,7 @@ class LoRC(Pass):
         rank: of a branch, at most.
         share: bits per weight that a branch stores, at most; lowers the rank of small matrices.
         common: whether sites that read one value share V.
+        factor_bits: of a stored number of U and V: 16 (float16), or 8 (int8 with a step for each direction).
     """
 
     contract: ClassVar[Literal["exact", "lossy"]] = EXACT
@@ -44,10 +45,12 @@ class LoRC(Pass):
     rank: int = 16
     share: float = 0.25
     common: bool = True
+    factor_bits: FactorBits = 16
 
     def requires(self, model: Model) -> None:
         """A plan, a graph that is still float, options that mean something, data where the saliency needs it."""
         check_numbers(self, ("rank",), ("share",))
+        check_factors(self, self.factor_bits)
         if model.lowered:
             raise PassRefused("the model is lowered already", model.name, "put 'lorc' before 'insert-qdq'")
         if not model.plan.sites:
@@ -64,8 +67,8 @@ class LoRC(Pass):
         refused += [Refusal(s.name, "no branch: its bias is corrected already: put it behind") for s in corrected]
         branches: dict[str, dict[str, float]] = {}
         for group, metric in self._metrics(model, groups, progress):
-            rank = group.rank(self.rank, self.share)
-            found = rank if isinstance(rank, Refusal) else _factors(model, group, metric, rank)
+            rank = group.rank(self.rank, self.share, self.factor_bits)
+            found = rank if isinstance(rank, Refusal) else _factors(model, group, metric, rank, self.factor_bits)
             if isinstance(found, Refusal):
                 refused.append(found)
                 continue
@@ -91,18 +94,20 @@ class LoRC(Pass):
             yield group, Metric.plain(group.columns) if known_reach is None else Metric.slim(known_reach.magnitude)
 
 
-def _factors(model: Model, group: Readers, metric: Metric, rank: int) -> tuple[Factors, float] | Refusal:
+def _factors(
+    model: Model, group: Readers, metric: Metric, rank: int, bits: FactorBits
+) -> tuple[Factors, float] | Refusal:
     """The factors for a group of sites, and the cost of rounding relative to that without them."""
     if not np.isfinite(metric.moments).all():
         return Refusal(group.name, "no branch: its input holds NaN or infinity")
     matrix, names = group.matrix(), [site.name for site in group.sites]
     if all(name in model.weights for name in names):
         lost = matrix - np.concatenate([model.weights[name].decode() for name in names])
-        factors = approximate(lost, metric, rank)
+        factors = approximate(lost, metric, rank, bits)
         after = np.inf if factors is None else metric.cost(lost - factors.product())
     else:
         lost = matrix - group.rounding.fitted(matrix)(matrix)
-        found = search(matrix, group.rounding, metric, rank, Search())
+        found = search(matrix, group.rounding, metric, rank, Search(bits=bits))
         factors, after = (None, np.inf) if found is None else (found[0], min(found[1]))
     before = metric.cost(lost)
     if factors is None or not after < before:

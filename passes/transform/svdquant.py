@@ -11,8 +11,8 @@ from qcompiler.errors import BadOption, Refusal
 from qcompiler.formats.base import Floats
 from qcompiler.graph.sites import Site
 from qcompiler.model import Model
-from qcompiler.passes.transform.branching import Readers, put_beside, readers
-from qcompiler.passes.transform.factors import Metric, Search, search
+from qcompiler.passes.transform.branching import Readers, check_factors, put_beside, readers
+from qcompiler.passes.transform.factors import FactorBits, Metric, Search, search
 from qcompiler.passes.transform.inputs import require_float, weight_specs
 from qcompiler.passes.transform.row_error import RowError, with_rows
 from qcompiler.passes.transform.svd_smoothing import smooth
@@ -41,6 +41,8 @@ class SVDQuant(Pass):
         smoothing: whether scales are searched.
         grid: of their exponents: 2 * grid - 1 pairs.
         sweeps: of L, at most.
+        factor_bits: of a stored number of U and V: 16 (float16, as in the paper), or 8 (int8 with a step for each
+            direction, so that the same bytes hold twice the rank).
     """
 
     contract: ClassVar[Literal["exact", "lossy"]] = EXACT
@@ -51,11 +53,13 @@ class SVDQuant(Pass):
     smoothing: bool = True
     grid: int = 20
     sweeps: int = 100
+    factor_bits: FactorBits = 16
 
     def requires(self, model: Model) -> None:
         """Float weights, calibration data, options that mean something."""
         require_float(model, data=True)
         check_numbers(self, ("rank", "grid", "sweeps"), ("share",))
+        check_factors(self, self.factor_bits)
         if self.activation_bits and not self.spec:
             fix = "drop it, or give 'spec' too and put the pass before the plan"
             raise BadOption("the plan says how activations are rounded, not 'activation_bits'", "pass 'svdquant'", fix)
@@ -87,7 +91,7 @@ class SVDQuant(Pass):
     def _groups(self, model: Model) -> tuple[dict[Readers, int], list[Refusal]]:
         """The sites that get a branch, those that read one value together, with its rank; why others get none."""
         found, refused = readers(self._plans(model))
-        ranks = {group: group.rank(self.rank, self.share) for group in found}
+        ranks = {group: group.rank(self.rank, self.share, self.factor_bits) for group in found}
         small = [rank for rank in ranks.values() if isinstance(rank, Refusal)]
         return {group: rank for group, rank in ranks.items() if isinstance(rank, int)}, [*refused, *small]
 
@@ -98,7 +102,7 @@ class SVDQuant(Pass):
         if not np.isfinite(rows).all():
             return "its input holds NaN or infinity"
         matrix, judge = group.matrix(), RowError.of(rows, group.plans[0])
-        how = Search(self.sweeps, 1, of_weight=True)
+        how = Search(self.sweeps, 1, of_weight=True, bits=self.factor_bits)
         found = search(matrix, group.rounding, Metric.plain(group.columns), rank, how, judge)
         if found is None:
             return "float16 cannot hold it"

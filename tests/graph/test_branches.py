@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.errors import Refusal
-from qcompiler.graph.branches import DOWN, UP, add_branch
+from qcompiler.graph.branches import DOWN, DOWN_STEPS, UP, add_branch
 from qcompiler.graph.codes import DOMAIN
 from qcompiler.graph.folds import find_fold, find_stream
 from qcompiler.graph.sites import Site, find_sites
@@ -18,36 +18,41 @@ from tests.graph.architectures import ARCHITECTURES, feeds_for
 RANK = 2
 
 
-def branched(name: str) -> tuple[ir.Model, list[list[Site]]]:
-    """An architecture with a branch at each product, random and in float16; and the groups that share one."""
+def branched(name: str, narrow: bool = False) -> tuple[ir.Model, list[list[Site]]]:
+    """An architecture with a branch at each product, random, in float16 or int8; and the groups that share one."""
     model = ARCHITECTURES[name]()
     groups: dict[object, list[Site]] = {}
     for site in find_sites(model):
         if site.op in ("MatMul", "Gemm") and len(site.users) == 1 and len(site.shape) == 2:
             groups.setdefault(site.activation, []).append(site)
     rng = np.random.default_rng(0)
+    dtype, size = (np.int8, 40.0) if narrow else (np.float16, 1.0)
     for sites in groups.values():
-        lefts = [rng.normal(0, 0.1, (site.rows, RANK)).astype(np.float16) for site in sites]
-        add_branch(model, sites, lefts, rng.normal(0, 1, (RANK, sites[0].columns)).astype(np.float16))
+        lefts = [rng.normal(0, size, (site.rows, RANK)).astype(dtype) for site in sites]
+        steps = rng.uniform(1e-5, 1e-4, RANK).astype(np.float32) if narrow else None
+        add_branch(model, sites, lefts, rng.normal(0, size, (RANK, sites[0].columns)).astype(dtype), steps)
     return model, list(groups.values())
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "vit"])
-def test_a_branch_is_two_calls_of_functions_and_readers_share_the_first(name: str) -> None:
-    model, groups = branched(name)
+def test_a_branch_is_two_calls_of_functions_and_readers_share_the_first(name: str, narrow: bool) -> None:
+    model, groups = branched(name, narrow)
+    first = DOWN_STEPS if narrow else DOWN
     calls = [(node.op_type, node) for node in model.graph if node.domain == DOMAIN]
-    assert len([node for kind, node in calls if kind == DOWN]) == len(groups)
+    assert len([node for kind, node in calls if kind == first]) == len(groups)
     assert len([node for kind, node in calls if kind == UP]) == sum(map(len, groups))
     assert len(groups) < sum(map(len, groups)) or name == "gpt2"
-    assert {key[:2] for key in model.functions} == {(DOMAIN, DOWN), (DOMAIN, UP)}
+    assert {key[:2] for key in model.functions} == {(DOMAIN, first), (DOMAIN, UP)}
     wanted, found = (Runner(m)(feeds_for(m, loud=True)) for m in (ARCHITECTURES[name](), model))
     for key, array in wanted.items():
         assert np.abs(found[key] - array).max() <= 1e-5 * np.abs(array).max()
 
 
-def test_what_reads_graphs_understands_branches() -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_what_reads_graphs_understands_branches(narrow: bool) -> None:
     """Files, the cut into segments, the list of what no budget counts."""
-    model, _ = branched("llama-gqa")
+    model, _ = branched("llama-gqa", narrow)
     feeds = feeds_for(model)
     wanted = Runner(model)(feeds)
     again = ir.from_proto(ir.to_proto(model))
@@ -62,11 +67,12 @@ def test_what_reads_graphs_understands_branches() -> None:
     assert uncounted_weights(model) == uncounted_weights(ARCHITECTURES["llama-gqa"]())
 
 
-def test_the_twin_inlines_branches() -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_twin_inlines_branches(narrow: bool) -> None:
     torch = pytest.importorskip("torch")
     from qcompiler.measure.fx_twin import fx_twin
 
-    model, _ = branched("llama")
+    model, _ = branched("llama", narrow)
     feeds = feeds_for(model)
     with torch.no_grad():
         found = fx_twin(model)(*(torch.from_numpy(feeds[str(v.name)]) for v in model.graph.inputs))

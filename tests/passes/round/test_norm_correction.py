@@ -41,7 +41,8 @@ def rounded(name: str, spec: str = SPEC, offset: float = 2.0) -> Model:
 
 
 def corrected(model: Model, **options: Any) -> PassReport:
-    return BiasCorrection(samples=1000, **{"places": "norms", "create": True} | options).run(model, Silent())
+    usual: dict[str, Any] = {"places": "norms", "create": True}
+    return BiasCorrection(samples=1000, **usual | options).run(model, Silent())
 
 
 def means(model: Model, names: list[str]) -> dict[str, np.ndarray]:

@@ -29,7 +29,7 @@ SETTINGS: Mapping[str, tuple[Mapping[str, object], ...]] = {
     "dual-scale": ({"spec": "int4-sym-channel-fp16", "rounds": 2},),
     "equalize": ({"sweeps": 3}, {"sweeps": 3, "clips": True}),
     "join-panels": ({},),
-    "lorc": ({"rank": 2, "share": 16.0},),
+    "lorc": ({"rank": 2, "share": 16.0}, {"rank": 2, "share": 16.0, "factor_bits": 8}),
     "pca-split": ({},),
     "rotate": ({"heads": True}, {"block": 4}, {"heads": True, "online": True, "keys": True}),
     "scale-fold": ({},),

@@ -67,6 +67,20 @@ def test_numbers_of_any_usual_size_fit_into_float16(size: float) -> None:
     assert left == pytest.approx(least(noise(), np.eye(COLUMNS)), rel=1e-2)
 
 
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e14])
+def test_numbers_of_any_size_fit_into_8_bits_with_their_steps(size: float) -> None:
+    error = noise() * np.float32(size)
+    factors = approximate(error, Metric.plain(COLUMNS), RANK, bits=8)
+    assert factors is not None
+    assert factors.steps is not None
+    codes = factors.right / factors.steps[:, None]
+    for part in (factors.left, codes):
+        assert np.abs(part - np.rint(part)).max() < 1e-4
+        assert np.abs(part).max() == pytest.approx(127, abs=1e-4)
+    left = np.square((error - factors.product()) / size).sum()
+    assert left == pytest.approx(least(noise(), np.eye(COLUMNS)), rel=1e-2)
+
+
 def test_what_float16_cannot_hold_and_what_is_nothing_has_no_factors() -> None:
     plain = Metric.plain(COLUMNS)
     assert approximate(noise() * np.float32(1e14), plain, RANK) is None

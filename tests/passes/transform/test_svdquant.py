@@ -21,6 +21,7 @@ from qcompiler.passes.plan.allocate import Allocate
 from qcompiler.passes.plan.uniform import Uniform
 from qcompiler.passes.round.gptq import GPTQ
 from qcompiler.passes.round.nearest import Nearest
+from qcompiler.passes.transform.lorc import LoRC
 from qcompiler.passes.transform.rotate import Rotate
 from qcompiler.passes.transform.row_error import RowError
 from qcompiler.passes.transform.smooth import Smooth
@@ -115,6 +116,31 @@ def test_ranks_are_limited_by_what_a_branch_may_store() -> None:
     assert {refusal.reason for refusal in large.refused if "64" in refusal.reason} == {
         "no branch: one of rank 64 is no smaller than the weights"
     }
+
+
+def test_factors_of_8_bits_hold_twice_the_rank_and_lose_less() -> None:
+    """At the same bytes, steps counted; the function is kept all the same."""
+    models = [gated(10.0), gated(10.0)]
+    facts = [
+        run(model, svdquant(rank=32, share=0.7, factor_bits=bits))[0].metrics["branches"]
+        for model, bits in zip(models, (16, 8), strict=True)
+    ]
+    for name in ("gate", "up", "down"):
+        wide, narrow = (found[name] for found in facts)
+        assert 2 * wide["rank"] - 1 <= narrow["rank"] <= 2 * wide["rank"] + 1
+        assert narrow["error"] < wide["error"]
+    sites = {site.name: site for site in find_sites(models[1].ir)}
+    rank = facts[1]["gate"]["rank"]
+    assert facts[1]["gate"]["bytes"] == rank * (WIDTH + 96 + 4)
+    assert sites["gate"].branch_bits == 8 * facts[1]["gate"]["bytes"]
+    assert sites["up"].branch_bits == 8 * rank * 96
+    run(models[1], Uniform(SPEC, embeddings="float"), Nearest())
+    counted = stored_bytes(models[1])
+    run(models[1], InsertQDQ())
+    assert lowered_bytes(models[1].ir) == counted
+    for item in (SVDQuant(spec=SPEC, factor_bits=4), LoRC(factor_bits=4)):  # type: ignore[arg-type]
+        with pytest.raises(BadOption, match="no factors of 4 bits"):
+            item.requires(gated())
 
 
 def test_the_branch_reads_the_activation_before_it_is_rounded() -> None:
@@ -298,6 +324,7 @@ spec = "int4-sym-g16-fp16"
 share = 4.0
 rank = 4
 grid = 3
+factor_bits = {bits}
 
 [[pass]]
 name = "uniform"
@@ -312,11 +339,13 @@ name = "insert-qdq"
 """
 
 
-@pytest.mark.parametrize("activation", ["float", "dynamic"])
+@pytest.mark.parametrize(("activation", "bits"), [("float", 16), ("dynamic", 16), ("dynamic", 8)])
 @pytest.mark.parametrize("target", ["onnx", "cpu"])
-def test_artifacts_with_branches(target: str, activation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifacts_with_branches(
+    target: str, activation: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compiling verifies that the artifact does what the lowered graph says."""
     if target == "cpu":
         pytest.importorskip("tvm")
     monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
-    assert artifact_error(gated(20.0), TOML.format(activation=activation), target, tmp_path) < 0.02
+    assert artifact_error(gated(20.0), TOML.format(activation=activation, bits=bits), target, tmp_path) < 0.02
