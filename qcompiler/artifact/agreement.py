@@ -77,7 +77,7 @@ class Agreement:
 
         Returns:
             inputs, samples, output, relative (its distance), spread, allowed, quantization (the reference's own
-            distance from the original; None if not measured).
+            distance from the original; None if not measured, or not finite).
 
         Raises:
             VerificationFailed: an output is farther away than allowed.
@@ -87,6 +87,7 @@ class Agreement:
         name = max(self._distance, key=self._ratio, default="")
         if self._distance and self._ratio(name) > 1:
             raise self._failure(name)
+        rounding = self._rounding.get(name, np.inf)
         return {
             "inputs": self.kind,
             "samples": self._count,
@@ -94,7 +95,7 @@ class Agreement:
             "relative": self._distance.get(name, 0.0),
             "spread": self._spread.get(name, 0.0),
             "allowed": self._allowed(name),
-            "quantization": self._rounding.get(name),
+            "quantization": rounding if np.isfinite(rounding) else None,
         }
 
     def _allowed(self, name: str) -> float:

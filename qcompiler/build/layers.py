@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -33,7 +34,7 @@ def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progre
         progress: shows how far.
 
     Returns:
-        Site name -> loss (KL for logits, else normalised squared error).
+        Site name -> loss (KL for logits, else normalised squared error), of sites where it is finite.
     """
     deadline = time.monotonic() + seconds
     chain = Segments(model.ir)
@@ -62,7 +63,7 @@ def alone(model: Model, feeds: Sequence[Feeds], seconds: float, progress: Progre
             boundary = segment.run(boundary)
             segment.drop()
     chain.drop()
-    return {name: value / seen[name] for name, value in total.items()}
+    return {name: value / seen[name] for name, value in total.items() if math.isfinite(value)}
 
 
 def _affordable(model: Model, chain: Segments, runs: float) -> set[str]:
