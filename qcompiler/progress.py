@@ -70,12 +70,15 @@ class Terminal:
 
 
 def _lines(items: Sequence[T], label: str) -> Iterator[T]:
-    """Iterate, printing "label: 3 of 40, 75 s left" at most every few seconds."""
-    start = last = time.monotonic()
+    """Iterate, printing "label: 3 of 40, 75 s left" at most every few seconds.
+
+    The time left is by the pace since the last line: what an earlier run has left in the cache takes no time.
+    """
+    last, told = time.monotonic(), 0
     for number, item in enumerate(items):
         now = time.monotonic()
         if number and now - last >= _PLAIN_INTERVAL:
-            left = (now - start) / number * (len(items) - number)
+            left = (now - last) / (number - told) * (len(items) - number)
             print(f"{label}: {number} of {len(items)}, {left:.0f} s left", file=sys.stderr, flush=True)
-            last = now
+            last, told = now, number
         yield item

@@ -63,6 +63,8 @@ class Lesson:
         settings: str,
         progress: Progress,
         label: str,
+        patience: int = 0,
+        before: float = np.inf,
     ) -> None:
         """Descend, the rates rising in a few steps and then falling to zero; a killed run goes on where it was.
 
@@ -75,7 +77,11 @@ class Lesson:
             settings: all that the result depends on besides the model's graph, data, codes and ranges.
             progress: shows the steps under `label`.
             label: see there.
+            patience: after so many epochs it ends if the loss on samples held back has not fallen below `before`, nor
+                that of the mean over the last of these epochs; 0: never.
+            before: that loss at the beginning.
         """
+        from qcompiler.passes.round.patience import Patience
         from qcompiler.passes.round.training_state import TrainingState
 
         if descent.optimizer is None:
@@ -83,14 +89,21 @@ class Lesson:
         rng = np.random.default_rng(seed)
         order = np.concatenate([rng.permutation(self.learned) for _ in range(epochs)])
         steps = np.array_split(order, -(-len(order) // batch))
+        epoch = -(-len(steps) // epochs)
+        watched = range((patience - 1) * epoch + 1, patience * epoch + 1) if 0 < patience < epochs else range(0)
+        waiting = Patience(descent.optimizer, watched, lambda: self.judge(twin), before) if watched else None
         state = TrainingState(self._model, descent.optimizer, settings)
         done = state.load()
         for number, step in enumerate(progress.track(steps[done:], label), done + 1):
             share = min(1.0, number / _WARM) * (1 - (number - 1) / len(steps))
             if not descent.step(lambda sample: self._loss(twin, sample), step.tolist(), share):
                 return
-            if number % -(-len(steps) // epochs) == 0 or number == len(steps):
-                state.save(number)
+            idle = waiting is not None and waiting.is_over(number)
+            if number % epoch == 0 or number == len(steps):
+                state.save(len(steps) if idle else number)
+            if idle:
+                progress.note(f"{label}: stopped, the loss on held-back samples does not fall")
+                return
 
     def _loss(self, twin: Learner, sample: int) -> torch.Tensor:
         from qcompiler.passes.round.distance import distance

@@ -39,6 +39,8 @@ class Tune(Pass):
 
     Attributes:
         epochs: passes over the data.
+        patience: epochs after which it stops if the loss on the samples held back has not fallen, nor that of the mean
+            of all steps of the last of them, which shows early what falling rates lead to; 0: never.
         samples: of the calibration data, at most.
         tokens: for models of integer inputs, stop after about this many.
         batch: samples from all over the data that one step looks at.
@@ -52,6 +54,7 @@ class Tune(Pass):
     """
 
     epochs: int = 3
+    patience: int = 1
     samples: int = 256
     tokens: int = 32768
     batch: int = 4
@@ -63,7 +66,7 @@ class Tune(Pass):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rates = ("range_rate", "scale_rate", "code_rate", "bias_rate", "seed")
+        rates = ("range_rate", "scale_rate", "code_rate", "bias_rate", "seed", "patience")
         check_numbers(self, ("epochs", "samples", "tokens", "batch"), rates)
 
     def requires(self, model: Model) -> None:
@@ -108,7 +111,7 @@ class Tune(Pass):
             return self._nothing(model, "nothing is quantized")
         lesson = Lesson(model, feeds)
         before = lesson.judge(twin)
-        self._learn(twin, lesson, progress)
+        self._learn(twin, lesson, before, progress)
         after = lesson.judge(twin)
         better = bool(after < before)
         if better:
@@ -117,14 +120,14 @@ class Tune(Pass):
         changed = len(twin.weights) + len(twin.grids) if better else 0
         return PassReport(self.registered_name(), changed, metrics=metrics)
 
-    def _learn(self, twin: TunedTwin, lesson: Lesson, progress: Progress) -> None:
+    def _learn(self, twin: TunedTwin, lesson: Lesson, before: float, progress: Progress) -> None:
         from qcompiler.passes.round.descent import Descent
 
         rates = {"range": self.range_rate, "scale": self.scale_rate, "code": self.code_rate, "bias": self.bias_rate}
         descent = Descent(twin, rates, averages=_DECAY)
         lesson.learn(
             twin, descent, epochs=self.epochs, batch=self.batch, seed=self.seed, settings=repr(self),
-            progress=progress, label="Tuning",
+            progress=progress, label="Tuning", patience=self.patience, before=before,
         )  # fmt: skip
 
     def _nothing(self, model: Model, reason: str) -> PassReport:

@@ -70,7 +70,7 @@ class Killed(Silent):
     """Progress of a run that is killed after some steps."""
 
     def __init__(self, after: int) -> None:
-        self.after, self.steps = after, 0
+        self.after, self.steps, self.notes = after, 0, list[str]()
 
     def track(self, items: Any, label: str) -> Any:
         for item in items:
@@ -78,6 +78,9 @@ class Killed(Silent):
                 raise KeyboardInterrupt
             self.steps += 1
             yield item
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def test_a_killed_run_goes_on_where_it_was_and_a_repeated_one_learns_nothing_anew(tmp_path: Path) -> None:
@@ -122,6 +125,40 @@ def test_what_does_not_help_is_not_kept() -> None:
     assert not report.metrics["kept"]
     assert report.changed == 0
     assert (model.ranges, model.weights, model.bias_shift) == (ranges, weights, {})
+
+
+def test_what_gains_nothing_is_given_up_early_also_when_it_is_repeated(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    model = rounded("int8-sym-channel-fp32")
+    model.cache = Cache(tmp_path)
+    per_epoch = -(-35 // 4)
+    for patience, steps in ((1, per_epoch), (1, 0), (2, 2 * per_epoch), (0, 35)):
+        progress = Killed(-1)
+        report = Tune(epochs=4, bias_rate=50.0, patience=patience).run(model, progress)
+        assert progress.steps == steps
+        assert not report.metrics["kept"]
+        told = ["Tuning: stopped, the loss on held-back samples does not fall"]
+        assert progress.notes == (told if patience and steps else [])
+
+
+def test_a_loss_that_has_risen_counts_only_if_that_of_the_mean_has_too() -> None:
+    """A place that swings around 0, where the loss is least, is on its way; one that goes away is not."""
+    torch = pytest.importorskip("torch")
+    from qcompiler.passes.round.patience import Patience
+
+    for places, is_over in (
+        ((-1.5, 2.0, -1.0, 1.5), False),
+        ((1.5, 2.0, 2.5, 3.0), True),
+        ((3.0, 2.0, 9.0, 0.5), False),
+    ):
+        place = torch.nn.Parameter(torch.tensor([1.0]))
+        waiting = Patience(torch.optim.SGD([place]), range(3, 7), lambda at=place: abs(float(at.detach())), 1.0)
+        place.data.fill_(99.0)
+        assert not waiting.is_over(2)  # of the epoch before
+        for number, at in enumerate(places, 3):
+            place.data.fill_(at)
+            assert waiting.is_over(number) == (is_over and number == 6)
+        assert float(place.detach()) == places[-1]
 
 
 def test_without_torch_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
