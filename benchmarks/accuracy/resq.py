@@ -8,6 +8,8 @@ Claims (ResQ, 2412.14363; systems.md, row 55), on the first blocks of SmolLM2 wi
    columns at 8 bits) the others may spend on scales of groups of 40.
 2. With an eighth of the inputs of *all* products at 8 bits: the channels that reach furthest, the same behind a
    Hadamard rotation of the stream, and directions of the stream with channels elsewhere. The last is better than both.
+3. Directions of values within heads are better than the channels of what attentions hand on that reach furthest, as
+   many of them.
 
 Control: the same architecture with random weights on random tokens, so that the stream has nearly the same power in all
 directions. (A rotation of the model would not do: it leaves the strong directions strong, only no longer along
@@ -38,6 +40,7 @@ from qcompiler.pipeline import Pass
 BLOCKS = 3
 NARROW, FINE, WIDE = "int4-sym-channel-fp16", "int4-sym-g40-fp16", "int8-sym-channel-fp16"
 SPLIT = ChannelOrder(block=64, theta=0.0, most=0.125)
+FINER = ChannelOrder(block=8, theta=0.0, most=0.125)  # as many channels as an eighth of each head has
 
 
 def plan(spec: str = NARROW, table: str = "float") -> Uniform:
@@ -80,6 +83,12 @@ def splits(seed: int) -> dict[str, list[Pass]]:
     }
 
 
+def values(seed: int) -> dict[str, list[Pass]]:
+    """Claim 3: the same at 8 bits, but for which directions of values."""
+    arms = {"channels of values": PCASplit(seed=seed), "bases of values": PCASplit(heads=True, seed=seed)}
+    return {arm: [item, FINER, plan()] for arm, item in arms.items()}
+
+
 def run(claim: Claim, case: str, found: Fixture, table: dict[str, list[Pass]], rounding: Pass) -> None:
     """Record all arms of one seed."""
     for arm, passes in table.items():
@@ -97,14 +106,19 @@ def main() -> None:
         real = fixture(assets, "smollm2_135m", BLOCKS, seed=seed)
         run(claim, "nearest", real, arms(seed), Nearest())
         run(claim, "an eighth at 8 bits", real, splits(seed), Nearest())
+        run(claim, "values", real, values(seed), Nearest())
         control = {arm: passes for arm, passes in splits(seed).items() if arm != "channels"}
-        run(claim, "random weights", isotropic(real, seed), control, Nearest())
+        random = isotropic(real, seed)
+        run(claim, "random weights", random, control, Nearest())
+        run(claim, "values, random weights", random, values(seed), Nearest())
         run(claim, "GPTQ", fixture(assets, "smollm2_135m", 1, seed=seed), arms(seed), GPTQ())
     for case in ("nearest", "GPTQ"):
         claim.better(case, "resq", "hadamard")
         claim.better(case, "hadamard", "plain")
     claim.better("an eighth at 8 bits", "resq, channels", "channels")
     claim.better("an eighth at 8 bits", "resq, channels", "hadamard, channels")
+    claim.better("values", "bases of values", "channels of values")
+    claim.vanishes("values, random weights", "bases of values", "channels of values", within=0.3)
     claim.vanishes("random weights", "resq, channels", "hadamard, channels", within=0.3)
     claim.show()
 

@@ -45,7 +45,7 @@ def turn_heads(model: ir.Model, seed: int, done: set[ir.Value]) -> tuple[Facts, 
     counts: dict[ir.Value, int] = {}
     for value in inputs_of_products(model):
         fold = None if value in done else find_fold(model, value, "rotate")
-        if not isinstance(fold, Fold) or not _between_weights(fold):
+        if not isinstance(fold, Fold) or not between_weights(fold):
             continue
         done |= fold.region.marks.keys()
         fold.rotate([rotation(block.shape[1], seed + k) for k, block in enumerate(fold.blocks)])
@@ -57,7 +57,8 @@ def turn_heads(model: ir.Model, seed: int, done: set[ir.Value]) -> tuple[Facts, 
     return facts, counts
 
 
-def _between_weights(fold: Fold) -> bool:
+def between_weights(fold: Fold) -> bool:
+    """Whether weights absorb a transform on both sides."""
     return all(any(edit.is_weight for edit in side) for side in (fold.writers, fold.readers))
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import BadOption, Refusal
@@ -16,14 +15,13 @@ from qcompiler.graph.sites import Site, find_sites
 from qcompiler.graph.topology import residual_streams
 from qcompiler.measure.gram import gram_parts, grams
 from qcompiler.model import Model
-from qcompiler.passes.transform.hadamard import largest_block, rotation
+from qcompiler.passes.transform.head_bases import split_heads
 from qcompiler.passes.transform.inputs import enough_samples, require_float
 from qcompiler.passes.transform.panel_cutting import by_value, cut_alike, uncut
+from qcompiler.passes.transform.power_basis import Floats, by_power, mixed
 from qcompiler.passes.transform.ready_streams import take_out, without_gains
 from qcompiler.pipeline import EXACT, Pass, PassReport, check_numbers
 from qcompiler.progress import Progress
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,10 @@ class PCASplit(Pass):
     Of all bases with so many channels at b + k bits and the rest at b, this one has the least expected error, if that
     goes with power * 4^-bits.
 
-    Source: ResQ (2412.14363), projection of the residual stream. Its bases for values and keys are not built: those of
-    keys are no part of the graph's function before rotary embeddings.
+    With `heads` the same is done within heads to what attentions hand on (see `head_bases`).
+
+    Source: ResQ (2412.14363), projection of the residual stream and of values. Its bases for keys are for a cache of
+    few bits, which no graph holds: between rotary embeddings and the product with queries no weight absorbs them.
 
     QUAD (2503.19353) appends these directions to the stream instead, which becomes wider by them; the channels that
     were there keep the rest of the power, and all of them are of the narrow panel.
@@ -48,12 +48,14 @@ class PCASplit(Pass):
     Attributes:
         share: of the channels that get more precision.
         append: as QUAD has it.
+        heads: split values within heads too.
         seed: of the rotations.
     """
 
     contract: ClassVar[Literal["exact", "lossy"]] = EXACT
     share: float = 0.125
     append: bool = False
+    heads: bool = False
     seed: int = 0
 
     def requires(self, model: Model) -> None:
@@ -65,9 +67,9 @@ class PCASplit(Pass):
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Turn and cut; metrics hold for each stream its width, the high channels and the share of power in them."""
-        refused: list[Refusal] = []
+        heads, refused = split_heads(model, self.share, self.seed) if self.heads else ({}, [])
         turned: dict[str, Any] = {}
-        changed = 0
+        changed = sum(facts["cut"] for facts in heads.values())
         for number, residual in enumerate(progress.track(residual_streams(model.ir), "Splitting by power")):
             name = residual.values[0].name or "?"
             found = self._turn(model, residual.values[0], number)
@@ -78,7 +80,8 @@ class PCASplit(Pass):
             cut, kept = _cut(model, stream, facts["high"], append=self.append)
             turned[name], changed = facts | {"readers cut": cut}, changed + cut
             refused += kept
-        return PassReport(self.registered_name(), changed, tuple(refused), {"streams": turned} if turned else {})
+        metrics = {name: facts for name, facts in (("streams", turned), ("heads", heads)) if facts}
+        return PassReport(self.registered_name(), changed, tuple(refused), metrics)
 
     def _turn(self, model: Model, value: ir.Value, number: int) -> tuple[Stream, dict[str, Any]] | Refusal:
         name = value.name or "?"
@@ -102,22 +105,14 @@ class PCASplit(Pass):
         if not (np.isfinite(total) and total > 0):
             take_out(model.ir, products)
             return Refusal(name, "what its readers read is zero or not finite on this data")
-        power, ascending = np.linalg.eigh(found)
-        basis = ascending[:, ::-1]
-        self._apply(stream, basis, high, self.seed + 2 * number)
-        captured = float(power[-high:].sum()) / total
-        inserted = [node.name for node in products]
-        return stream, {"width": stream.width, "high": high, "power": captured, "inserted": inserted}
-
-    def _apply(self, stream: Stream, basis: Floats, high: int, seed: int) -> None:
-        """Turn the stream to a basis [width, width] whose first `high` columns are the strong ones, or append these."""
-        strong = basis[:, :high] @ _mixed(high, seed)
+        strong, weak, captured = by_power(found, high, self.seed + 2 * number)
         if self.append:
             rest = np.eye(stream.width) - strong @ strong.T
-            widen(stream, np.concatenate([strong, rest @ _mixed(stream.width, seed + 1)], 1))
+            widen(stream, np.concatenate([strong, rest @ mixed(stream.width, self.seed + 2 * number + 1)], 1))
         else:
-            weak = basis[:, high:] @ _mixed(stream.width - high, seed + 1)
             stream.rotate(np.concatenate([strong, weak], 1))
+        inserted = [node.name for node in products]
+        return stream, {"width": stream.width, "high": high, "power": captured, "inserted": inserted}
 
 
 def _readers(model: Model, stream: Stream) -> list[Site]:
@@ -134,14 +129,6 @@ def _moments(model: Model, stream: Stream) -> Floats:
             matrix = gram.matrix.mean(0, dtype=np.float64)
             total += matrix / (np.trace(matrix) or 1.0)
     return total / max(len(by_values), 1)
-
-
-def _mixed(size: int, seed: int) -> Floats:
-    """A rotation that shares power out among channels: a Hadamard matrix, a random one where none is known."""
-    if size > 2 and largest_block(size) == size:
-        return rotation(size, seed)
-    q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))
-    return q * np.sign(np.diagonal(r))
 
 
 def _cut(model: Model, stream: Stream, high: int, *, append: bool) -> tuple[int, list[Refusal]]:

@@ -30,7 +30,7 @@ SETTINGS: Mapping[str, tuple[Mapping[str, object], ...]] = {
     "equalize": ({"sweeps": 3}, {"sweeps": 3, "clips": True}),
     "join-panels": ({},),
     "lorc": ({"rank": 2, "share": 16.0}, {"rank": 2, "share": 16.0, "factor_bits": 8}),
-    "pca-split": ({},),
+    "pca-split": ({}, {"heads": True, "share": 0.25}),
     "rotate": ({"heads": True}, {"block": 4}, {"heads": True, "online": True, "keys": True}),
     "scale-fold": ({},),
     "smooth": ({}, {"sites": "all", "percentile": 99.0}),
