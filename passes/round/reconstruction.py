@@ -25,7 +25,7 @@ from qcompiler.measure.loss import Kind
 from qcompiler.measure.segments import Segment
 from qcompiler.model import Model
 from qcompiler.passes.round.streams import Streams, calibration_feeds
-from qcompiler.pipeline import Pass, PassReport, check_numbers
+from qcompiler.pipeline import Pass, PassReport, Refusal, check_numbers
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress
 
@@ -65,10 +65,11 @@ class Method:
 
 def reconstruct(
     model: Model, method: Method, samples: int, tokens: int, progress: Progress
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], list[Refusal]]:
     """Learn `model.weights` of all planned sites, segment by segment, from the nearest codes where there are none.
 
-    A segment keeps what it began with unless its error on samples that are held back becomes smaller.
+    A segment keeps what it began with unless its error on samples that are held back becomes smaller. So does a weight
+    that other segments use too: what one of them learns would be wrong for the others.
 
     Args:
         model: float graph with a plan and calibration data.
@@ -79,10 +80,12 @@ def reconstruct(
 
     Returns:
         By the name of a segment's first site: "before" and "after", its loss on the samples held back, how many these
-        are ("held_back"; 0: there is only one sample, which it was learned from), and "sites".
+        are ("held_back"; 0: there is only one sample, which it was learned from), and "sites". The weights that are
+        used elsewhere too.
     """
     streams = Streams(model, calibration_feeds(model, samples, tokens))
     errors: dict[str, dict[str, float]] = {}
+    refused: list[Refusal] = []
     for segment in progress.track(list(streams.segments), "Reconstructing"):
         sites = [site for site in segment.sites if _is_planned(model, site)]
         for site in sites:
@@ -90,12 +93,17 @@ def reconstruct(
                 spec = model.plan.sites[site.name].weight
                 assert spec is not None
                 model.weights[site.name] = quantize(site.matrix(), spec)
-        if any(site.activation is not None for site in sites):
-            errors[sites[0].name] = _learn(model, streams, segment, sites, method)
-        for site in sites:
+        shared = [site for site in sites if any(user.outputs[0].name not in segment.made for user in site.users)]
+        for site in shared:
+            refused.append(Refusal(site.name, "other segments use it too: it keeps the codes it has"))
+            streams.replace(site, site.from_matrix(model.weights[site.name].decode()))
+        own = [site for site in sites if site not in shared]
+        if any(site.activation is not None for site in own):
+            errors[own[0].name] = _learn(model, streams, segment, own, method)
+        for site in own:
             streams.replace(site, site.from_matrix(model.weights[site.name].decode()))
         streams.advance(segment)
-    return errors
+    return errors, refused
 
 
 @dataclass(frozen=True)
@@ -138,9 +146,9 @@ class Reconstruction(Pass):
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.weights` (and `model.bias_shift`); metrics hold each segment's error before and after."""
-        errors = reconstruct(model, self.method, self.samples, self.tokens, progress)
+        errors, refused = reconstruct(model, self.method, self.samples, self.tokens, progress)
         changed = sum(int(found["sites"]) for found in errors.values() if found["after"] < found["before"])
-        return PassReport(self.registered_name(), changed, metrics={"segments": errors})
+        return PassReport(self.registered_name(), changed, tuple(refused), {"segments": errors})
 
 
 def _is_planned(model: Model, site: Site) -> bool:

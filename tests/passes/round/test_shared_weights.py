@@ -12,6 +12,7 @@ from qcompiler.graph.sites import find_sites
 from qcompiler.measure.gram import grams
 from qcompiler.measure.segments import Segments
 from qcompiler.model import Model
+from qcompiler.passes.round.adaround import AdaRound
 from qcompiler.passes.round.bias_correction import BiasCorrection
 from qcompiler.passes.round.gptq import GPTQ
 from qcompiler.passes.round.nearest import Nearest
@@ -78,6 +79,18 @@ def test_one_shift_for_several_outputs_is_refused() -> None:
     assert not model.bias_shift
     assert [refusal.where for refusal in report.refused] == ["w"]
     assert "several operations use it" in report.refused[0].reason
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_codes_are_not_learned_for_one_of_several_segments(near: bool) -> None:
+    """Where all uses are in one segment, they are."""
+    pytest.importorskip("torch")
+    found, nearest = only_shared(twice(near)), only_shared(twice(near))
+    Nearest().run(nearest, Silent())
+    report = AdaRound(steps=20).run(found, Silent())
+    assert [refusal.where for refusal in report.refused] == ([] if near else ["w"])
+    assert list(report.metrics["segments"]) == (["w"] if near else [])
+    assert near or np.array_equal(found.weights["w"].codes, nearest.weights["w"].codes)
 
 
 def test_one_value_that_two_convolutions_read_in_two_ways() -> None:
