@@ -179,8 +179,13 @@ class Pipeline:
             raise BadOption(f"cannot be read ({error})", where=str(path)) from error
 
 
-def parse_pass(text: str, where: str) -> Pass:
+def parse_pass(text: str, where: str, shared: Mapping[str, Any] | None = None) -> Pass:
     """A pass as an option of another one says it: a registered name, options behind a colon ("gptq: samples = 24").
+
+    Args:
+        text: as said.
+        where: for messages.
+        shared: options that it gets where it has such and the text does not say otherwise.
 
     Raises:
         BadOption: no such pass, no such option, or not written like this.
@@ -192,7 +197,10 @@ def parse_pass(text: str, where: str) -> Pass:
         raise BadOption(f"'{text}' is no pass ({error})", where, 'write it as in "gptq: samples = 24"') from error
     if "name" in table:
         raise BadOption(f"'{text}' is no pass", where, 'write it as in "gptq: samples = 24"')
-    return build_pass({"name": name.strip(), **table}, where)
+    found = registry.names("passes").get(name.strip()) and registry.find("passes", name.strip())
+    has = {f.name for f in fields(found)} if found else set[str]()
+    given = {key: value for key, value in (shared or {}).items() if key in has}
+    return build_pass({"name": name.strip(), **given, **table}, where)
 
 
 def check_numbers(item: Pass, positive: Sequence[str], rates: Sequence[str] = ()) -> None:

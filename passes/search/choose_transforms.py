@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import nan
+from dataclasses import dataclass, replace
+from math import inf, nan
 from typing import ClassVar, Literal, get_args
 
 from qcompiler.budget import parse_budget
@@ -21,7 +21,8 @@ from qcompiler.pipeline import EXACT, Pass, PassReport
 from qcompiler.plan import Plan
 from qcompiler.progress import Progress, Silent
 
-_MARGIN = 0.99  # of the loss: less is not worth a step
+_MARGIN = 0.97  # of the loss: less is not worth a step, nor more than chance
+_CLOSE = 1.1  # times the least loss: trials without a plan tell no more apart
 _Steps = tuple[str, ...]
 
 
@@ -34,10 +35,16 @@ class ChooseTransforms(Pass):
     alone, and then, from the best so far, every set with one more or one less, until none is better. What each gains,
     and which fight each other, is in the report. All steps are exact, so the function of the model stays as it is.
 
+    Formats of one width hide that mixed precision lives on what transforms take away: layers and channels that differ.
+    So with `plan` the best set, and of those of `start` and none what comes close to it, are tried once more with
+    the plan that they would get, and these trials decide.
+
     Attributes:
         among: transforms in the order in which they are applied; options as in "smooth: strength = 0.3".
         start: those that are applied where there is no time, or too little data, to try.
         rounding: what trials round with.
+        plan: what gives the last trials their formats, such as "allocate"; empty: there are no such trials. It sees all
+            of the calibration data, so that it need not measure again what is chosen.
         seconds: time that trials may take; one that has begun is finished.
         pairs: also try every two of them, for the table of interactions.
         budget, target, activations, keep, seed: as `allocate` has them; they say what trials round to.
@@ -48,6 +55,7 @@ class ChooseTransforms(Pass):
     among: tuple[str, ...] = ("scale-fold", "smooth")
     start: tuple[str, ...] = ()
     rounding: str = "gptq"
+    plan: str = ""
     seconds: float = 300.0
     pairs: bool = False
     budget: tuple[str, ...] = ()
@@ -57,8 +65,10 @@ class ChooseTransforms(Pass):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        steps = steps_of(self, (*self.among, self.rounding))
+        steps = steps_of(self, (*self.among, self.rounding, *self._plans))
         where = "pass 'choose-transforms'"
+        if any(steps[text].contract == EXACT or steps[text].makes_codes for text in self._plans):
+            raise BadOption(f"'{self.plan}' plans nothing", where, "give a planner, such as allocate")
         for text in self.among:
             if steps[text].contract != EXACT or steps[text].stage != "float":
                 raise BadOption(f"'{text}' changes what the model computes", where, "give transforms that are exact")
@@ -79,33 +89,56 @@ class ChooseTransforms(Pass):
 
     def adds_bytes(self, model: Model) -> int:
         """As the greediest of the steps."""
-        return max(item.adds_bytes(model) for item in steps_of(self, (*self.among, self.rounding)).values())
+        steps = steps_of(self, (*self.among, self.rounding, *self._plans))
+        return max(item.adds_bytes(model) for item in steps.values())
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Try, choose, apply."""
-        trials = self._trials(model, progress) if self.among else [Trial((), nan, 0.0)]
-        best = _fewest(trials)
-        reports = self._transformed(model, best.steps, progress)
-        told = " + ".join(best.steps) or "none"
+        trials, best = self._searched(model, progress) if self.among else ([Trial((), nan, 0.0)], ())
+        reports = self._transformed(model, best, progress)
+        told = " + ".join(best) or "none"
         progress.note(f"choose-transforms: {told} ({len(trials)} tried)")
         metrics = {name: value for report in reports for name, value in report.metrics.items()}
         metrics |= {"trials": [trial.to_json() for trial in trials], "interactions": interactions(trials)}
         refused = tuple(refusal for report in reports for refusal in report.refused)
         return PassReport(self.registered_name(), len(reports), refused, metrics | {"chosen": told})
 
-    def _trials(self, model: Model, progress: Progress) -> list[Trial]:
-        """All trials, in the order in which they were made."""
+    @property
+    def _plans(self) -> tuple[str, ...]:
+        """The planner of the last trials, if there are to be such; without a budget there is nothing to plan for."""
+        return (self.plan,) if self.plan and self.budget else ()
+
+    def _searched(self, model: Model, progress: Progress) -> tuple[list[Trial], _Steps]:
+        """All trials, in the order in which they were made, and the set that is best."""
         if not self._stand_in(model).sites:  # nothing can be rounded, so that nothing can be told apart
-            return [Trial((), nan, 0.0)]
+            return [Trial((), nan, 0.0)], ()
         judge = HeldBack.of(model, progress, self.registered_name()) if self.seconds else None
         if judge is None:
-            return [Trial(self._ordered(self.start), nan, 0.0)]
+            start = self._ordered(self.start)
+            return [Trial(start, nan, 0.0)], start
+        trials = self._trials(model, judge, progress)
+        best = _fewest(trials).steps
+        planned = {steps: self._try_planned(model, steps, judge, progress) for steps in self._close(trials, best)}
+        if planned:
+            best = _fewest([replace(trial, steps=steps) for steps, trial in planned.items()]).steps
+        return [*trials, *planned.values()], best
+
+    def _close(self, trials: Sequence[Trial], best: _Steps) -> list[_Steps]:
+        """What is tried with a plan: the best, and what it has to beat where that is close."""
+        losses = {trial.steps: trial.loss for trial in trials}
+        limit = _CLOSE * min(losses.values())
+        rivals = dict.fromkeys(((), self._ordered(self.start), min(losses, key=lambda steps: losses[steps])))
+        close = [steps for steps in rivals if steps != best and losses.get(steps, inf) <= limit]
+        return [best, *close] if self._plans and close else []
+
+    def _trials(self, model: Model, judge: HeldBack, progress: Progress) -> list[Trial]:
+        """Trials with formats of one width."""
         end = time.monotonic() + self.seconds
         done: dict[_Steps, Trial] = {}
         first = [(), self.start, *((text,) for text in self.among)]
         if self.pairs:
             first += [(a, b) for i, a in enumerate(self.among) for b in self.among[i + 1 :]]
-        wanted = [self._ordered(steps) for steps in first]
+        wanted = list(dict.fromkeys(self._ordered(steps) for steps in first))
         while wanted:
             for steps in progress.track(wanted, "Trying transforms"):
                 if done and time.monotonic() > end:
@@ -143,15 +176,36 @@ class ChooseTransforms(Pass):
                 raise PassRefused(f"{idle[0]} changes nothing", model.name)
             spill(work, model)
             work.plan = self._stand_in(work)
-            passes = steps_of(self, (self.rounding, "activation-ranges"))
-            passes[self.rounding].run(work, Silent())
-            if any(plan.activation == "static" for plan in work.plan.sites.values()):
-                passes["activation-ranges"].run(work, Silent())
-            spill(work, model)
-            return judge.loss(work)
+            return self._rounded_loss(work, model, judge)
 
-        key = (self.rounding, self.budget, self.target, self.activations, self.keep, self.seed)
-        return timed(model, steps, run, "transforms", steps, key)
+        return timed(model, steps, run, "transforms", steps, self._settings)
+
+    def _try_planned(self, model: Model, steps: _Steps, judge: HeldBack, progress: Progress) -> Trial:
+        def run() -> float:
+            progress.note(f"choose-transforms: a plan with {' + '.join(steps) or 'none'}")
+            work = model.clone()
+            self._transformed(work, steps, Silent())
+            spill(work, model)
+            planner = steps_of(self, self._plans)[self.plan]
+            planner.requires(work)
+            planner.run(work, progress)
+            work.calibration = judge.fit
+            return self._rounded_loss(work, model, judge)
+
+        return timed(model, (*steps, self.plan), run, "planned transforms", steps, self.plan, self._settings)
+
+    def _rounded_loss(self, work: Model, model: Model, judge: HeldBack) -> float:
+        """Round a clone of the model by its plan; what it then loses."""
+        passes = steps_of(self, (self.rounding, "activation-ranges"))
+        passes[self.rounding].run(work, Silent())
+        if any(plan.activation == "static" for plan in work.plan.sites.values()):
+            passes["activation-ranges"].run(work, Silent())
+        spill(work, model)
+        return judge.loss(work)
+
+    @property
+    def _settings(self) -> tuple[object, ...]:
+        return self.rounding, self.budget, self.target, self.activations, self.keep, self.seed
 
 
 def _fewest(trials: Sequence[Trial]) -> Trial:

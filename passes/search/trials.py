@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from math import isfinite, log
 from typing import Any
 
@@ -45,13 +45,8 @@ def steps_of(outer: Pass, texts: Sequence[str]) -> dict[str, Pass]:
     Raises:
         BadOption: no such pass, no such option, or one of a wrong type.
     """
-    made: dict[str, Pass] = {}
-    for text in texts:
-        item = parse_pass(text, f"pass '{outer.registered_name()}'")
-        known = {f.name: f for f in fields(item)}
-        shared = [name for name in _SHARED if name in known and getattr(item, name) == known[name].default]
-        made[text] = replace(item, **{name: getattr(outer, name) for name in shared if hasattr(outer, name)})
-    return made
+    shared = {name: getattr(outer, name) for name in _SHARED if hasattr(outer, name)}
+    return {text: parse_pass(text, f"pass '{outer.registered_name()}'", shared) for text in texts}
 
 
 def timed(model: Model, steps: tuple[str, ...], run: Callable[[], float], *key: object) -> Trial:

@@ -195,6 +195,32 @@ def test_transforms_are_chosen_by_the_rounded_loss() -> None:
         np.testing.assert_allclose(value, before[name], rtol=1e-3, atol=1e-3 * np.abs(before[name]).max())
 
 
+def test_what_is_close_is_decided_with_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loud_llama()
+    plain = {"none": 1.0, "scale-fold": 0.99, "rotate": 0.93, "scale-fold + rotate": 0.95}
+    planned = {("rotate",): 2.0, (): 1.5, ("scale-fold",): 1.4}
+    losses = iter([*plain.values(), *planned.values()])
+    monkeypatch.setattr(HeldBack, "loss", lambda *_: next(losses))
+    planner = "uniform: spec = 'int4-sym-channel-fp16'"
+    chooser = ChooseTransforms(
+        among=("scale-fold", "rotate"), start=("scale-fold",), rounding="nearest", plan=planner, budget=("8bits",)
+    )
+    report = chooser.run(model, Silent())
+    rows = {" + ".join(row["steps"]) or "none": row["loss"] for row in report.metrics["trials"]}
+    assert rows == plain | {" + ".join([*steps, planner]): loss for steps, loss in planned.items()}
+    assert report.metrics["chosen"] == "scale-fold"
+    assert model.plan.sites == {}  # plans of trials are not the model's
+
+
+def test_what_is_far_ahead_needs_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([2.0, 1.9, 1.0, 1.5])
+    monkeypatch.setattr(HeldBack, "loss", lambda *_: next(losses))
+    chooser = ChooseTransforms(
+        among=("scale-fold", "rotate"), start=("scale-fold",), rounding="nearest", plan="allocate", budget=("4bits",)
+    )
+    assert chooser.run(loud_llama(), Silent()).metrics["chosen"] == "rotate"
+
+
 def test_nothing_is_applied_where_nothing_helps() -> None:
     model = mlp()
     weights = {name: v.const_value for name, v in model.graph.initializers.items()}
@@ -259,6 +285,12 @@ def test_a_pass_that_is_written_wrongly_is_named(text: str) -> None:
         parse_pass(text, "here")
     with pytest.raises(BadOption):
         ChooseRounding(among=(text,))
+
+
+@pytest.mark.parametrize("plan", ["gptq", "smooth"])
+def test_what_plans_nothing_is_no_planner(plan: str) -> None:
+    with pytest.raises(BadOption, match="plans nothing"):
+        ChooseTransforms(plan=plan, budget=("4bits",))
 
 
 def test_options_that_mean_nothing() -> None:
