@@ -88,15 +88,26 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any], least: int = LEAST_BYTES
 
 def is_spilled(array: Array) -> bool:
     """Whether an array lies in the scratch file (or in another mapped one)."""
+    return map_of(array) is not None
+
+
+def map_of(array: Array) -> mmap.mmap | None:
+    """The mapped file in which an array lies."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
-    return isinstance(base.obj if isinstance(base, memoryview) else base, mmap.mmap)
+    found = base.obj if isinstance(base, memoryview) else base
+    return found if isinstance(found, mmap.mmap) else None
 
 
 def forget() -> None:
     """Let the system take the memory behind all spilled arrays; the next access reads the file again."""
-    for mapped in list(_maps):
+    _drop(_maps)
+
+
+def _drop(maps: Iterable[mmap.mmap]) -> None:
+    """Let the system take all pages of mapped files."""
+    for mapped in list(maps):
         if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -104,18 +115,25 @@ def forget() -> None:
 def let_go(tensors: Iterable[ir.TensorProtocol | None]) -> None:
     """Let the system take the pages of mapped files in which tensors lie; they stay usable."""
     for tensor in tensors:
-        if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
-            tensor.raw.madvise(mmap.MADV_DONTNEED)
+        if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None:
+            _drop([tensor.raw])
 
 
 @contextmanager
-def forgetting(seconds: float = 0.01) -> Generator[None]:
-    """`forget` again and again, while a library reads spilled arrays one after the other and needs each only once."""
+def forgetting(seconds: float = 0.01, arrays: Iterable[Array] = ()) -> Generator[None]:
+    """`forget` again and again, while a library reads spilled arrays one after the other and needs each only once.
+
+    Args:
+        seconds: in between; what is needed for longer is read again.
+        arrays: others that lie in mapped files.
+    """
     done = threading.Event()
+    maps = {id(found): found for array in arrays if (found := map_of(array)) is not None}
 
     def keep_forgetting() -> None:
         while not done.wait(seconds):
             forget()
+            _drop(maps.values())
 
     thread = threading.Thread(target=keep_forgetting, name="forgetting", daemon=True)
     thread.start()
@@ -125,3 +143,4 @@ def forgetting(seconds: float = 0.01) -> Generator[None]:
         done.set()
         thread.join()
         forget()
+        _drop(maps.values())

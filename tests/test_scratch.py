@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 import time
+from pathlib import Path
 from typing import NoReturn
 
 import ml_dtypes
@@ -12,7 +14,7 @@ import psutil
 import pytest
 
 from qcompiler import scratch
-from qcompiler.scratch import forget, forgetting, is_spilled, spilled
+from qcompiler.scratch import forget, forgetting, is_spilled, map_of, spilled
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int8, ml_dtypes.bfloat16, ml_dtypes.int4])
@@ -52,6 +54,20 @@ def test_what_was_read_does_not_pile_up_while_forgetting() -> None:
         assert max(seen) < 4 << 25  # all together are 8 << 25
     assert not [thread for thread in threading.enumerate() if thread.name == "forgetting"]
     assert sum(int(array.sum()) for array in found) == 8 << 25
+
+
+def test_mapped_files_of_others_can_be_forgotten_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"\1" * (1 << 26))
+    with path.open("rb") as file:
+        array = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    dropped: list[object] = []
+    with forgetting(0.001, [array, np.ones(3)]):
+        monkeypatch.setattr(scratch, "_drop", lambda maps: dropped.extend(maps))
+        assert array.sum() == 1 << 26
+        time.sleep(0.05)
+    assert map_of(array) in dropped
+    assert array.sum() == 1 << 26
 
 
 def test_without_room_on_the_disk_arrays_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

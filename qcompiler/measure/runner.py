@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,13 @@ from qcompiler.errors import BadData, BadModel
 from qcompiler.measure.decode import decode_constants
 from qcompiler.measure.in_place import open_in_place, shape_of
 from qcompiler.measure.memory import Growth
+from qcompiler.scratch import forgetting
 
 Array = npt.NDArray[Any]
 _GROWTH = Growth()
 _FED_BYTES = 1 << 18  # a matrix from this size on is fed, not stored in the session
+_LARGE = 1 << 30  # bytes that are fed in one run
+_MOMENT = 0.2  # seconds: a product of a large matrix with many rows takes longer, and finds its pages in the cache
 _FED_BY = frozenset({"MatMul", "Gemm", "Gather", "Transpose"})
 _ADVICE = {  # what ORT says of a model that it cannot run -> what to do
     "is not a registered function/op": "a model can be compiled if ONNX Runtime has all of its operations",
@@ -111,12 +115,18 @@ class Runner:
             }
             arrays = {name: np.asarray(a, order="C") for name, a in (given | weights).items()}
             try:
-                values: Sequence[Any] = self._session.run(self._computed, arrays)
+                with self._letting_go(arrays.values()):
+                    values: Sequence[Any] = self._session.run(self._computed, arrays)
             except Exception as error:  # ORT raises a dozen classes of its own that share no base
                 raise BadData(f"the graph cannot take this input ({_reason(error)})") from error
             results.update(zip(self._computed, values, strict=True))
             _GROWTH.check()
         return {name: results[name] for name in self.outputs}
+
+    def _letting_go(self, arrays: Collection[Array]) -> AbstractContextManager[None]:
+        """Each weight is read once a run: of a large model not all need be in memory at a time."""
+        large = sum(array.nbytes for array in arrays) >= _LARGE
+        return forgetting(_MOMENT, arrays) if large else nullcontext()
 
     def _open(
         self,

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import ml_dtypes
@@ -13,7 +15,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from qcompiler.errors import BadData, BadModel
+from qcompiler.measure import runner
 from qcompiler.measure.runner import Runner
+from qcompiler.scratch import map_of
 
 RNG = np.random.default_rng(0)
 
@@ -64,6 +68,27 @@ def test_a_part_of_the_graph_needs_only_its_own_inputs() -> None:
     np.testing.assert_allclose(runner({"h": h})["y"], np.maximum(h, 0) @ b, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="not properly bounded"):
         Runner(model, inputs=["r"], outputs=["h"])
+
+
+def test_large_weights_are_let_go_while_they_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, a, _ = two_layers()
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    saved = ir.load(tmp_path / "m.onnx")
+    x = RNG.standard_normal((4, 300), dtype=np.float32)
+    wanted = Runner(saved)({"x": x})
+    forgotten: list[int] = []
+    real = runner.forgetting
+
+    def counting(seconds: float, arrays: Collection[np.ndarray]) -> AbstractContextManager[None]:
+        forgotten.append(sum(map_of(array) is not None for array in arrays))
+        return real(seconds, arrays)
+
+    monkeypatch.setattr(runner, "forgetting", counting)
+    monkeypatch.setattr(runner, "_LARGE", a.nbytes)
+    found = Runner(saved)({"x": x})
+    assert forgotten == [1]  # the other one is stored in the session
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_weights_can_be_replaced_for_one_call() -> None:
@@ -126,7 +151,7 @@ def test_model_local_functions_run() -> None:
 
 
 def test_weights_in_files_are_found_from_any_folder(tmp_path: Path) -> None:
-    model, a, b = two_layers()
+    model, a, _ = two_layers()
     ir.save(model, tmp_path / "m.onnx", external_data="m.data")
     x = RNG.standard_normal((2, 300), dtype=np.float32)
     found = Runner(ir.load(tmp_path / "m.onnx"))({"x": x})["y"]
