@@ -151,7 +151,7 @@ def test_model_local_functions_run() -> None:
 
 
 def test_weights_in_files_are_found_from_any_folder(tmp_path: Path) -> None:
-    model, a, _ = two_layers()
+    model, a, b = two_layers()
     ir.save(model, tmp_path / "m.onnx", external_data="m.data")
     x = RNG.standard_normal((2, 300), dtype=np.float32)
     found = Runner(ir.load(tmp_path / "m.onnx"))({"x": x})["y"]
