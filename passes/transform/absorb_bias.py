@@ -34,11 +34,13 @@ class AbsorbBias(Pass):
     contract: ClassVar[Literal["exact", "lossy"]] = LOSSY
     margin: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < 1:
+            raise BadOption(f"a margin of {self.margin} is not at least 0 and below 1", "pass 'absorb-bias'")
+
     def requires(self, model: Model) -> None:
         """Float weights, calibration data."""
         require_float(model, data=True)
-        if not 0 <= self.margin < 1:
-            raise BadOption(f"a margin of {self.margin} is not at least 0 and below 1", "pass 'absorb-bias'")
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Shift every input of a layer that a Relu makes."""

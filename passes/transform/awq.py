@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from qcompiler.errors import Refusal
+from qcompiler.formats import parse_spec
 from qcompiler.graph.folds import Fold
 from qcompiler.measure.statistics import channel_statistics
 from qcompiler.model import Model
@@ -46,10 +47,14 @@ class AWQ(Pass):
     rows: int = 256
     importance: Importance = "none"
 
+    def __post_init__(self) -> None:
+        check_numbers(self, ("grid", "rows"))
+        if self.spec:
+            parse_spec(self.spec)
+
     def requires(self, model: Model) -> None:
         """Float weights, calibration data, a plan or a format."""
         require_float(model, data=True)
-        check_numbers(self, ("grid", "rows"))
         weight_specs(model, self.spec, "pass 'awq'")
 
     def run(self, model: Model, progress: Progress) -> PassReport:

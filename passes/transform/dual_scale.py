@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.errors import BadOption, Refusal
+from qcompiler.formats import parse_spec
 from qcompiler.formats.base import Floats
 from qcompiler.graph.folds import Fold
 from qcompiler.model import Model
@@ -49,12 +50,16 @@ class DualScale(Pass):
     rounds: int = 8
     importance: Importance = "activations"
 
-    def requires(self, model: Model) -> None:
-        """Float weights, calibration data, a plan or a format."""
-        require_float(model, data=True)
+    def __post_init__(self) -> None:
         check_numbers(self, ("rounds",))
         if self.sites not in ("layers", "all"):
             raise BadOption(f"unknown sites '{self.sites}'", "pass 'dual-scale'", "use layers or all")
+        if self.spec:
+            parse_spec(self.spec)
+
+    def requires(self, model: Model) -> None:
+        """Float weights, calibration data, a plan or a format."""
+        require_float(model, data=True)
         weight_specs(model, self.spec, "pass 'dual-scale'")
 
     def run(self, model: Model, progress: Progress) -> PassReport:

@@ -11,7 +11,7 @@ import numpy as np
 from qcompiler.graph.folds import Fold
 from qcompiler.model import Model
 from qcompiler.passes.transform.inputs import Floats, find_folds, layer_inputs, require_float
-from qcompiler.pipeline import EXACT, Pass, PassReport
+from qcompiler.pipeline import EXACT, Pass, PassReport, check_numbers
 from qcompiler.progress import Progress
 
 _CONVERGED = 1e-4
@@ -36,6 +36,9 @@ class Equalize(Pass):
     contract: ClassVar[Literal["exact", "lossy"]] = EXACT
     sweeps: int = 20
     clips: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, ("sweeps",))
 
     def requires(self, model: Model) -> None:
         """Float weights."""

@@ -15,7 +15,15 @@ from qcompiler.graph.folds import Fold
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Activations, menu, target_for
-from qcompiler.passes.transform.inputs import Floats, channel_reach, find_folds, layer_inputs, require_float, spread
+from qcompiler.passes.transform.inputs import (
+    Floats,
+    channel_reach,
+    check_percentile,
+    find_folds,
+    layer_inputs,
+    require_float,
+    spread,
+)
 from qcompiler.pipeline import LOSSY, Pass, PassReport
 from qcompiler.progress import Progress
 
@@ -60,15 +68,18 @@ class EqualizeActivations(Pass):
     activations: Activations = "auto"
     budget: tuple[str, ...] = ()
 
-    def requires(self, model: Model) -> None:
-        """Float weights, calibration data, options that mean something."""
-        require_float(model, data=True)
+    def __post_init__(self) -> None:
         if not (0 <= self.strength <= 1 and self.margin >= 1):
             raise BadOption(
                 f"a strength of {self.strength} with a margin of {self.margin} does not exist",
                 "pass 'equalize-activations'",
                 "give a strength between 0 and 1 and a margin of 1 or more",
             )
+        check_percentile(self.percentile)
+
+    def requires(self, model: Model) -> None:
+        """Float weights, calibration data."""
+        require_float(model, data=True)
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Equalise every static input of a layer that can be."""

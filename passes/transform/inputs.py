@@ -98,6 +98,12 @@ def find_folds(
     return folds, refused
 
 
+def check_percentile(percentile: float) -> None:
+    """Raise BadOption for one that isn't in (0, 100]."""
+    if not 0 < percentile <= 100:
+        raise BadOption(f"a percentile of {percentile} does not exist", fix="give more than 0, at most 100")
+
+
 def channel_reach(model: Model, axes: Mapping[str, int], percentile: float) -> dict[str, Floats]:
     """[channels] a value: the largest |x| of each channel, or a percentile of it, mean over batches.
 
@@ -109,8 +115,7 @@ def channel_reach(model: Model, axes: Mapping[str, int], percentile: float) -> d
     Raises:
         BadOption: the percentile isn't in (0, 100].
     """
-    if not 0 < percentile <= 100:
-        raise BadOption(f"a percentile of {percentile} does not exist", fix="give more than 0, at most 100")
+    check_percentile(percentile)
     enough = enough_samples(model)
     if percentile == 100:
         return {name: s.absmax for name, s in channel_statistics(model, list(axes), axes, enough).items()}

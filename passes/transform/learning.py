@@ -58,9 +58,11 @@ class Learning(Pass):
     squared: bool = False
     seed: int = 0
 
-    def requires(self, model: Model) -> None:
-        """Refuse wrong options, a model without plan or data, or one that is rounded; say what to install."""
+    def __post_init__(self) -> None:
         check_numbers(self, ("epochs", "samples", "tokens", "batch"), ("seed", *self.rates))
+
+    def requires(self, model: Model) -> None:
+        """Refuse a model without plan or data, or one that is rounded; say what to install."""
         require_float(model, data=True)
         if not any(plan.weight or plan.activation != "float" for plan in model.plan.sites.values()):
             what = "no formats are planned that it could learn for"

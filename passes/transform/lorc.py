@@ -47,10 +47,12 @@ class LoRC(Pass):
     common: bool = True
     factor_bits: FactorBits = 16
 
-    def requires(self, model: Model) -> None:
-        """A plan, a graph that is still float, options that mean something, data where the saliency needs it."""
+    def __post_init__(self) -> None:
         check_numbers(self, ("rank",), ("share",))
         check_factors(self, self.factor_bits)
+
+    def requires(self, model: Model) -> None:
+        """A plan, a graph that is still float, data where the saliency needs it."""
         if model.lowered:
             raise PassRefused("the model is lowered already", model.name, "put 'lorc' before 'insert-qdq'")
         if not model.plan.sites:

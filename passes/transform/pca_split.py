@@ -58,12 +58,14 @@ class PCASplit(Pass):
     heads: bool = False
     seed: int = 0
 
-    def requires(self, model: Model) -> None:
-        """Float weights, data, a share that leaves something on both sides."""
+    def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise BadOption(f"a share of {self.share} cannot be had", "pass 'pca-split'", "give more than 0, below 1")
-        require_float(model, data=True)
         check_numbers(self, (), ("seed",))
+
+    def requires(self, model: Model) -> None:
+        """Float weights, data."""
+        require_float(model, data=True)
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Turn and cut; metrics hold for each stream its width, the high channels and the share of power in them."""

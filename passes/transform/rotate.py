@@ -54,13 +54,15 @@ class Rotate(Pass):
     online: bool = False
     keys: bool = False
 
-    def requires(self, model: Model) -> None:
-        """Float weights, no plan yet."""
-        require_float(model, data=False)
+    def __post_init__(self) -> None:
         check_numbers(self, (), ("seed",))
         if self.block < 0 or (self.block and largest_block(self.block) != self.block):
             fix = "use 0, or an order of Hadamard matrices such as 32, 64 or 128"
             raise BadOption(f"there is no Hadamard block of {self.block}", "pass 'rotate'", fix)
+
+    def requires(self, model: Model) -> None:
+        """Float weights, no plan yet."""
+        require_float(model, data=False)
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Turn what can be turned."""

@@ -13,6 +13,7 @@ from qcompiler.passes.transform.inputs import (
     Floats,
     after_norm,
     channel_reach,
+    check_percentile,
     find_folds,
     layer_inputs,
     require_float,
@@ -42,11 +43,14 @@ class ScaleFold(Pass):
     power: float = 0.5
     percentile: float = 100.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.power <= 1:
+            raise BadOption(f"a power of {self.power} is not between 0 and 1", "pass 'scale-fold'")
+        check_percentile(self.percentile)
+
     def requires(self, model: Model) -> None:
         """Float weights, no plan yet, calibration data."""
         require_float(model, data=True)
-        if not 0 <= self.power <= 1:
-            raise BadOption(f"a power of {self.power} is not between 0 and 1", "pass 'scale-fold'")
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fold behind every norm that allows it."""

@@ -14,6 +14,7 @@ from qcompiler.passes.transform.inputs import (
     Floats,
     after_norm,
     channel_reach,
+    check_percentile,
     find_folds,
     layer_inputs,
     require_float,
@@ -46,13 +47,16 @@ class Smooth(Pass):
     percentile: float = 100.0
     sites: str = "norms"
 
-    def requires(self, model: Model) -> None:
-        """Float weights, calibration data, options that mean something."""
-        require_float(model, data=True)
+    def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
             raise BadOption(f"a strength of {self.strength} is not between 0 and 1", "pass 'smooth'")
         if self.sites not in ("norms", "all"):
             raise BadOption(f"unknown sites '{self.sites}'", "pass 'smooth'", "use norms or all")
+        check_percentile(self.percentile)
+
+    def requires(self, model: Model) -> None:
+        """Float weights, calibration data."""
+        require_float(model, data=True)
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Smooth every input that can be smoothed."""

@@ -39,11 +39,13 @@ class SmoothAttention(Pass):
     contract: ClassVar[Literal["exact", "lossy"]] = EXACT
     strength: float = 0.5
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise BadOption(f"a strength of {self.strength} is not between 0 and 1", "pass 'smooth-attention'")
+
     def requires(self, model: Model) -> None:
         """Float weights, calibration data."""
         require_float(model, data=True)
-        if not 0 <= self.strength <= 1:
-            raise BadOption(f"a strength of {self.strength} is not between 0 and 1", "pass 'smooth-attention'")
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Smooth the keys of every attention."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from qcompiler.formats import QuantSpec
+from qcompiler.formats import QuantSpec, parse_spec
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.loss import Kind
 from qcompiler.measure.true_loss import TrueLoss, held_back
@@ -47,9 +47,13 @@ class SmoothPlus(Pass):
     samples: int = 8
     loss: Literal["auto", "squared"] = "auto"
 
+    def __post_init__(self) -> None:
+        check_numbers(self, (), ("samples",))
+        if self.spec:
+            parse_spec(self.spec)
+
     def requires(self, model: Model) -> None:
         """What `Smooth` needs, and a plan or a format."""
-        check_numbers(self, (), ("samples",))
         self._smooth(0.5).requires(model)
         weight_specs(model, self.spec, "pass 'smooth-plus'")
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from qcompiler.errors import BadOption, Refusal
+from qcompiler.formats import parse_spec
 from qcompiler.formats.base import Floats
 from qcompiler.graph.sites import Site
 from qcompiler.model import Model
@@ -55,14 +56,18 @@ class SVDQuant(Pass):
     sweeps: int = 100
     factor_bits: FactorBits = 16
 
-    def requires(self, model: Model) -> None:
-        """Float weights, calibration data, options that mean something."""
-        require_float(model, data=True)
+    def __post_init__(self) -> None:
         check_numbers(self, ("rank", "grid", "sweeps"), ("share",))
         check_factors(self, self.factor_bits)
         if self.activation_bits and not self.spec:
             fix = "drop it, or give 'spec' too and put the pass before the plan"
             raise BadOption("the plan says how activations are rounded, not 'activation_bits'", "pass 'svdquant'", fix)
+        if self.spec:
+            parse_spec(self.spec)
+
+    def requires(self, model: Model) -> None:
+        """Float weights, calibration data."""
+        require_float(model, data=True)
         self._plans(model)
 
     def run(self, model: Model, progress: Progress) -> PassReport:

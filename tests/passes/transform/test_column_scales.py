@@ -197,11 +197,13 @@ def test_what_is_asked_for_must_mean_something(kind: Any) -> None:
         run(model, kind())
 
 
-@pytest.mark.parametrize("item", [AWQ(SPEC, grid=0), DualScale(SPEC, rounds=0), DualScale(SPEC, "some"),  # type: ignore[arg-type]
-                                  SmoothPlus(SPEC, samples=-1), SmoothPlus(SPEC, "some")], ids=str)  # fmt: skip
-def test_options_out_of_range_are_errors(item: Pass) -> None:
+@pytest.mark.parametrize(("kind", "options"), [
+    (AWQ, {"grid": 0}), (AWQ, {"spec": "int99"}), (DualScale, {"rounds": 0}), (DualScale, {"sites": "some"}),
+    (DualScale, {"spec": "x"}), (SmoothPlus, {"samples": -1}), (SmoothPlus, {"spec": "x"}),
+])  # fmt: skip
+def test_options_out_of_range_are_errors_at_once(kind: type[Pass], options: dict[str, Any]) -> None:
     with pytest.raises(BadOption):
-        run(loud_model("opt"), item)
+        kind(**options)
 
 
 @pytest.mark.parametrize("item", [AWQ(SPEC, grid=4), DualScale(SPEC, "all", 3)], ids=str)

@@ -108,9 +108,9 @@ def test_float_and_dynamic_activations_are_left_alone() -> None:
 
 def test_bad_options_and_rounded_models_are_refused() -> None:
     model = uneven("mobilenet")
-    for wrong in (EqualizeActivations(strength=1.5), EqualizeActivations(margin=0.5)):
+    for wrong in ({"strength": 1.5}, {"margin": 0.5}, {"percentile": 0.0}):
         with pytest.raises(BadOption, match="does not exist"):
-            Pipeline([wrong]).run(model)
+            EqualizeActivations(**wrong)
     model.calibration = None
     with pytest.raises(PassRefused, match="calibration data"):
         Pipeline([EqualizeActivations(activations="static")]).run(model)
