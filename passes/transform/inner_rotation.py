@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,7 @@ def turn_heads(model: ir.Model, seed: int, done: set[ir.Value]) -> tuple[Facts, 
     """
     facts: Facts = {}
     counts: dict[ir.Value, int] = {}
-    for value in inputs_of_products(model):
-        fold = None if value in done else find_fold(model, value, "rotate")
-        if not isinstance(fold, Fold) or not between_weights(fold):
-            continue
-        done |= fold.region.marks.keys()
+    for value, fold in head_folds(model, done):
         fold.rotate([rotation(block.shape[1], seed + k) for k, block in enumerate(fold.blocks)])
         heads = sum(len(block) for block in fold.blocks)
         facts[value.name or ""] = {"width": fold.size, "blocks": heads}
@@ -55,6 +51,20 @@ def turn_heads(model: ir.Model, seed: int, done: set[ir.Value]) -> tuple[Facts, 
         if len({len(row) for row in rows}) == 1 and np.array_equal(np.concatenate(rows), np.arange(fold.size)):
             counts[value] = heads
     return facts, counts
+
+
+def head_folds(model: ir.Model, done: set[ir.Value]) -> Iterator[tuple[ir.Value, Fold]]:
+    """Values that products read and that may turn within heads, between weights on both sides, with their folds.
+
+    Args:
+        model: that may be changed by a fold before the next one is asked for.
+        done: values that turn already; more are added.
+    """
+    for value in inputs_of_products(model):
+        fold = None if value in done else find_fold(model, value, "rotate")
+        if isinstance(fold, Fold) and between_weights(fold):
+            done |= fold.region.marks.keys()
+            yield value, fold
 
 
 def between_weights(fold: Fold) -> bool:

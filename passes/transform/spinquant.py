@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from qcompiler.errors import BadOption, Refusal
-from qcompiler.graph.folds import Stream, find_stream
+from qcompiler.graph.folds import Fold, Stream, find_stream
 from qcompiler.graph.topology import residual_streams
 from qcompiler.model import Model
 from qcompiler.passes.transform.hadamard import rotation
+from qcompiler.passes.transform.inner_rotation import head_folds, turn_heads
 from qcompiler.passes.transform.learning import Learning, static_targets, value_ends
 from qcompiler.pipeline import PassReport
 from qcompiler.progress import Progress
@@ -18,6 +19,8 @@ from qcompiler.progress import Progress
 @dataclass(frozen=True)
 class SpinQuant(Learning):
     """Turn every residual stream by a random Hadamard matrix and then by one that is learned, both folded (R1).
+
+    With `heads` values are turned within heads too, by matrices that are learned together with those of streams (R2).
 
     Descent runs on the orthogonal matrices; the twin rounds activations as the plan says, and what it gives is compared
     with the float model's outputs. Weights stay float meanwhile, as in the paper: they are rounded afterwards, and
@@ -32,11 +35,13 @@ class SpinQuant(Learning):
     Attributes:
         rate: of the first steps: the largest angle, in radians, by which a plane turns.
         start: "hadamard": begin with a random one; "present": with the stream as it is.
+        heads: also learn matrices within heads, one for all that share values.
     """
 
     rates: ClassVar[tuple[str, ...]] = ("rate",)
     rate: float = 0.1
     start: str = "hadamard"
+    heads: bool = False
 
     def requires(self, model: Model) -> None:
         """Refuse as all passes that learn do, and an unknown start."""
@@ -51,19 +56,19 @@ class SpinQuant(Learning):
         from qcompiler.passes.transform.transformed_twin import TransformedTwin
 
         streams, refused = self._streams(model)
-        if not streams:
+        heads = self._head_folds(model, streams, refused) if self.heads else []
+        if not streams and not heads:
             return PassReport(self.registered_name(), 0, tuple(refused))
-        turns, targets = LearnedTurns(streams), static_targets(model)
+        turns, targets = LearnedTurns(streams, heads), static_targets(model)
         only_weights = all(plan.activation == "float" for plan in model.plan.sites.values())
         ends = value_ends(model, targets, turns.shape)
         twin = TransformedTwin(model, turns, targets, ends, round_weights=only_weights)
         losses = self.learn(
             model, twin, {"turn": self.rate}, progress, make=lambda groups: CayleySGD(groups, turns.keeping_the_mean())
         )
-        report = replace(self.report(losses, 0, refused), changed=len(streams))
+        report = replace(self.report(losses, 0, refused), changed=len(streams) + len(heads))
         if report.metrics["kept"]:
-            for stream, matrix in zip(streams, turns.found(), strict=True):
-                stream.rotate(matrix)
+            turns.fold()
         return report
 
     def _streams(self, model: Model) -> tuple[list[Stream], list[Refusal]]:
@@ -79,3 +84,18 @@ class SpinQuant(Learning):
                     stream.rotate(rotation(stream.width, self.seed + number, keep_mean=bool(stream.keeps_mean)))
                 streams.append(stream)
         return streams, refused
+
+    def _head_folds(self, model: Model, streams: list[Stream], refused: list[Refusal]) -> list[Fold]:
+        """The values that can be turned within heads, at their start; why others cannot goes to `refused`."""
+        done = {value for stream in streams for value in stream.values}
+        if self.start == "hadamard":
+            turn_heads(model.ir, self.seed, set(done))
+        found: list[Fold] = []
+        for value, fold in head_folds(model.ir, done):
+            shared = [edit.constant for edit in fold.region.edits.values() if edit.constant.shared]
+            if shared:
+                why = f"'{shared[0].value.name}' is not learned with it: {shared[0].shared}"
+                refused.append(Refusal(value.name or "?", why))
+            else:
+                found.append(fold)
+        return found

@@ -50,19 +50,35 @@ def rotate(
     model: ir.Model, region: Region, start: Labels, blocks: Sequence[Labels], matrices: Sequence[Floats]
 ) -> None:
     """Every row of a block of the started value is multiplied by the block's matrix from the right."""
-    line = region.classes.roots(start).reshape(-1)
-    turns = [(line[block[0]].tolist(), matrix) for block, matrix in zip(blocks, matrices, strict=True)]
     changes: dict[ir.Value, Floats] = {}
     for edit in apply.own_edits(model.graph, region):
         value = edit.constant.value
         array = changes.get(value, read(value))
-        axis, own = _line(region, edit)
+        axis, found = places_of(region, start, blocks, edit)
         moved = np.moveaxis(array.copy(), axis, 0)
-        for roots, matrix in turns:
-            for places_once in places(own, roots) if set(roots) <= set(own.tolist()) else ():  # type: ignore[union-attr]
-                moved[places_once] = np.tensordot(matrix, moved[places_once], ([0], [0]))
+        for number, here in found:
+            moved[here] = np.tensordot(matrices[number], moved[here], ([0], [0]))
         changes[value] = np.moveaxis(moved, 0, axis)
     commit(changes)
+
+
+def places_of(
+    region: Region, start: Labels, blocks: Sequence[Labels], edit: Edit
+) -> tuple[int, list[tuple[int, Labels]]]:
+    """Where a constant holds the channels of blocks.
+
+    Returns:
+        The axis along which it holds them; and for every time that it holds one the number of the block and its places,
+        int64 [size].
+    """
+    line = region.classes.roots(start).reshape(-1)
+    axis, own = _line(region, edit)
+    here, found = set(own.tolist()), list[tuple[int, Labels]]()
+    for number, block in enumerate(blocks):
+        roots = line[block[0]].tolist()
+        table = places(own, roots) if set(roots) <= here else None
+        found += [] if table is None else [(number, row) for row in table]
+    return axis, found
 
 
 def places(line: Labels, roots: Sequence[int]) -> Labels | None:

@@ -42,7 +42,7 @@ SLOW: Mapping[str, Mapping[str, object]] = {
     "choose-transforms": {"seconds": 2.0, "rounding": "nearest"},
     "smooth-plus": {"spec": "int4-sym-channel-fp16", "samples": 2},
     "mobilequant": {"epochs": 1, "samples": 4, "batch": 4},
-    "spinquant": {"epochs": 1, "samples": 4, "batch": 4},
+    "spinquant": {"epochs": 1, "samples": 4, "batch": 4, "heads": True},
 }
 PLANNED = ("lorc", "mobilequant", "spinquant")  # these come behind a plan
 EXACT_PASSES = [name for name in registry.PASSES if registry.find("passes", name).contract == EXACT]

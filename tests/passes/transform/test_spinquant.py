@@ -6,20 +6,23 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompiler.errors import BadOption, PassRefused
-from qcompiler.graph.folds import Stream, find_stream
+from qcompiler.graph.folds import Stream, blocks, find_stream
 from qcompiler.graph.sites import find_sites
 from qcompiler.graph.topology import residual_streams
 from qcompiler.measure.runner import Runner
 from qcompiler.model import Model
 from qcompiler.passes.round.streams import calibration_feeds
+from qcompiler.passes.transform.inner_rotation import head_folds
 from qcompiler.passes.transform.rotate import Rotate
 from qcompiler.passes.transform.spinquant import SpinQuant
 from qcompiler.pipeline import Pipeline
 from qcompiler.plan import Plan
 from qcompiler.progress import Silent
+from tests.graph.architectures import LAYERS, WIDTH
 from tests.passes.round.small_models import planned
 from tests.passes.transform.loud import loud_model
 
@@ -106,6 +109,74 @@ def test_the_twin_computes_what_the_folded_model_does(name: str, monkeypatch: py
     wanted = next(iter(Runner(model.ir)(feed).values()))
     assert np.abs(wanted - exact).max() > 0.01 * np.abs(exact).max()
     assert np.abs(found[0].numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "llama-fused", "qwen", "packed"])
+def test_the_twin_turns_heads_as_folds_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At matrices that are no rotations, so that what is forgotten on either side would show; streams turn too."""
+    from qcompiler.passes.transform.learned_turns import LearnedTurns
+    from qcompiler.passes.transform.transformed_twin import TransformedTwin
+
+    monkeypatch.setattr("qcompiler.passes.round.learning_twin._has_fast_bfloat16", lambda: False)
+    model = model_of(name)
+    model.plan = Plan()
+    stream = stream_of(model)
+    folds = [fold for _, fold in head_folds(model.ir, set(stream.values))]
+    assert len(folds) == LAYERS
+    turns = LearnedTurns([stream], folds)
+    twin = TransformedTwin(model, turns, [], {})
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for matrix in turns.parameters()[1:]:
+            matrix += torch.from_numpy(rng.standard_normal(matrix.shape) / 4)
+        if not stream.keeps_mean:  # which keeps the function
+            turns.parameters()[0].copy_(torch.from_numpy(np.linalg.qr(rng.standard_normal((WIDTH, WIDTH)))[0]))
+    feed = calibration_feeds(model, 2, 0)[0]
+    with torch.no_grad(), twin.step():
+        found = twin.outputs(feed)
+    exact = next(iter(Runner(model.ir)(feed).values()))
+    left = iter(turns.parameters()[1:])
+    for fold in folds:
+        matrices = [next(left).detach().double().numpy() for _ in fold.blocks]
+        blocks.rotate(model.ir, fold.region, fold.start, fold.blocks, matrices)
+    wanted = next(iter(Runner(model.ir)(feed).values()))
+    assert np.abs(wanted - exact).max() > 0.01 * np.abs(exact).max()
+    assert np.abs(found[0].numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def loud_values(model: Model) -> None:
+    """Another function: one channel of the values of each head reaches ten times as far."""
+    for _, fold in head_folds(model.ir, set(stream_of(model).values)):
+        for edit in fold.writers:
+            axis, places = blocks.places_of(fold.region, fold.start, fold.blocks, edit)
+            value = edit.constant.value
+            assert value.const_value is not None
+            array = np.moveaxis(value.const_value.numpy().copy(), axis, 0)
+            for _, here in places:
+                array[here[0]] *= 10
+            value.const_value = ir.tensor(np.ascontiguousarray(np.moveaxis(array, 0, axis)), name=value.name)
+
+
+def test_heads_are_learned_together_with_streams() -> None:
+    """Loud channels of values, which no rotation of the stream shares out, are learned away too."""
+    reports = {}
+    for heads in (False, True):
+        model = model_of("llama", batch=32)
+        loud_values(model)
+        (reports[heads],) = Pipeline([SpinQuant(epochs=4, rate=0.3, start="present", heads=heads)]).run(model)
+        assert reports[heads].changed == (1 + LAYERS if heads else 1)
+    losses = [reports[heads].metrics["held_back_loss_after"] for heads in (False, True)]
+    assert reports[True].metrics["held_back_loss_before"] == reports[False].metrics["held_back_loss_before"]
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_heads_begin_with_hadamard_matrices_like_streams() -> None:
+    model, start = model_of("llama-gqa"), model_of("llama-gqa")
+    (report,) = Pipeline([replace(QUICK, rate=0.0, heads=True)]).run(model)
+    assert not report.metrics["kept"]
+    Rotate(heads=True).run(start, Silent())
+    for a, b in zip(find_sites(model.ir), find_sites(start.ir), strict=True):
+        np.testing.assert_allclose(a.matrix(), b.matrix(), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "qwen"])
