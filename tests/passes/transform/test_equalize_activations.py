@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -108,9 +110,9 @@ def test_float_and_dynamic_activations_are_left_alone() -> None:
 
 def test_bad_options_and_rounded_models_are_refused() -> None:
     model = uneven("mobilenet")
-    for wrong in ({"strength": 1.5}, {"margin": 0.5}, {"percentile": 0.0}):
+    for option, value in (("strength", 1.5), ("margin", 0.5), ("percentile", 0.0)):
         with pytest.raises(BadOption, match="does not exist"):
-            EqualizeActivations(**wrong)
+            replace(EqualizeActivations(), **{option: value})
     model.calibration = None
     with pytest.raises(PassRefused, match="calibration data"):
         Pipeline([EqualizeActivations(activations="static")]).run(model)
