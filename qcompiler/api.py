@@ -41,7 +41,7 @@ __all__ = ["CompileResult", "capture", "compile", "load"]
 
 _SUMMARY = (
     "artifact", "target", "budget", "bits_per_weight", "stored_bytes", "predicted_loss", "lower_bound", "gap",
-    "fidelity", "held_back", "verified", "seconds", "peak_rss_bytes",
+    "fidelity", "verified", "seconds", "peak_rss_bytes",
 )  # fmt: skip
 
 
