@@ -31,7 +31,8 @@ STATIC = "uniform: spec = 'int8-sym-channel-fp32', activation = 'static'"
 # What searches or learns is cut short: that decides nothing about exactness.
 PASSES = (
     "smooth", "smooth: sites = 'all', strength = 0.8", f"{PLAN} + awq: grid = 5", "scale-fold", "smooth-attention",
-    f"{PLAN} + dual-scale: rounds = 2", "equalize", "equalize: clips = true", f"{STATIC} + equalize-activations: activations = 'static'", "absorb-bias",
+    f"{PLAN} + dual-scale: rounds = 2", "equalize", "equalize: clips = true",
+    f"{STATIC} + equalize-activations: activations = 'static'", "absorb-bias",
     "center-norms", "rotate: heads = true", "rotate: heads = true, online = true, keys = true", "rotate: block = 64",
     "pca-split", "pca-split: heads = true", "channel-order", "split-panels",
     f"{PLAN} + svdquant: grid = 2, sweeps = 3", f"{PLAN} + lorc: rank = 8",
@@ -73,9 +74,8 @@ def main() -> None:
         data = {k: v[: 1 if v.nbytes // len(v) > 2000 and v.ndim == 2 else 8] for k, v in public.items()}
         wanted = Runner(model.ir)(data)
         noise = difference(wanted, Runner(perturbed(model).ir)(data))
-        print(
-            f"\n{name}: a last bit of all weights: {noise:.1e}\n\n| pass | changed | difference | s |\n|---|---|---|---|"
-        )
+        print(f"\n{name}: a last bit of all weights: {noise:.1e}\n")
+        print("| pass | changed | difference | s |\n|---|---|---|---|")
         for text in PASSES:
             work, start, changed = model.clone(), time.monotonic(), 0
             try:
