@@ -109,7 +109,7 @@ class Pipeline:
         for item in self.passes:
             start = time.monotonic()
             run: Callable[[], PassReport] = lambda item=item: item.run(model, progress)  # noqa: E731
-            with self._named(item):
+            with self.named(item):
                 item.requires(model)
                 report = checked(item, model, run) if self.verify and item.contract == EXACT else run()
             reports.append(_timed(report, time.monotonic() - start))
@@ -118,11 +118,11 @@ class Pipeline:
     def foresee(self, model: Model) -> None:
         """Raise what is certain to fail on a model, before any pass has run."""
         for item in self.passes:
-            with self._named(item):
+            with self.named(item):
                 item.foresee(model)
 
     @contextmanager
-    def _named(self, item: Pass) -> Generator[None]:
+    def named(self, item: Pass) -> Generator[None]:
         """Put the file and the pass into what is wrong with an option; those of the command line are not of a file."""
         try:
             yield

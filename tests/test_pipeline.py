@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler import registry
+from qcompiler.build.recipe import Options, fill
 from qcompiler.calibration import Calibration
 from qcompiler.errors import BadOption, ContractViolated, PassRefused
 from qcompiler.model import Model
@@ -223,6 +224,12 @@ def test_an_option_that_is_wrong_for_the_model_is_told_with_file_and_pass(model:
     """A pass that sees only when it runs what is wrong."""
     with pytest.raises(BadOption, match=r"here.toml, pass 'awq': .*plan"):
         Pipeline.from_toml("[[pass]]\nname = 'awq'", "here.toml").run(model)
+    narrow = Pipeline.from_toml(
+        "[[pass]]\nname = 'allocate'\nactivations = 'dynamic'\nactivation_bits = 4", "here.toml"
+    )
+    asked = Options("onnx", activations="static", given=frozenset({"activations"}))
+    with pytest.raises(BadOption, match=r"here.toml, allocate: static activations have no width"):
+        fill(narrow, asked)
     with pytest.raises(BadOption, match=r"here.toml, pass 'uniform': target onnx stores no weight"):
         Pipeline.from_toml("[[pass]]\nname = 'uniform'\nspec = 'int9'", "here.toml").foresee(model)
 

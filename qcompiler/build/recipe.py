@@ -107,7 +107,8 @@ def fill(pipeline: Pipeline, options: Options) -> Pipeline:
         }
         values = {name: value for name, value in values.items() if value or name in options.given}
         taken |= (set(known) - set(item.hints)) & options.given
-        passes.append(replace(item, **values))
+        with pipeline.named(item):
+            passes.append(replace(item, **values))
     left = sorted(options.given - taken - {"target", "seed", "effort"})
     if left:
         raise BadOption(
