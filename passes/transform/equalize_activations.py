@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -15,6 +16,9 @@ from qcompiler.graph.folds import Fold
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.model import Model
 from qcompiler.passes.plan.candidates import Activations, menu, target_for
+from qcompiler.passes.round.quantized_values import choose_values
+from qcompiler.passes.transform.channel_noise import HALVES, channel_noise
+from qcompiler.passes.transform.fold_error import FoldError
 from qcompiler.passes.transform.inputs import (
     Floats,
     channel_reach,
@@ -27,6 +31,8 @@ from qcompiler.passes.transform.inputs import (
 from qcompiler.pipeline import LOSSY, Pass, PassReport
 from qcompiler.progress import Progress
 
+_STRENGTHS = (0.0, 0.2, 0.35, 0.5, 0.75, 1.0)
+_MARGINS = (2.0, 1.4, 1.0, 4.0)
 _SMALLEST = 1 / 64  # channels that calibration saw almost nothing of may do more on other data
 
 
@@ -39,6 +45,10 @@ class EqualizeActivations(Pass):
     that without loss where they have a scale a row, so do depthwise weights behind (strength 1 is used there);
     the columns of other weights get further apart, which `strength` trades off.
 
+    How far channels are stretched is chosen for each fold, by the error that is predicted for the layers behind it
+    (`fold_error`): the scales are taken from one half of the calibration data and judged on the other, both ways. For
+    channels that are silent in one half (features that few pictures have) reach far beyond in the other.
+
     The largest activation is that of the calibration data; other data reaches farther, so no channel is stretched
     beyond 1 / `margin` of the range. A channel may be stretched up to the bound of a Relu6 (Clip), which stays where
     it is: on calibration data the function is the same, on other data such a channel is cut off where its grid would
@@ -47,10 +57,10 @@ class EqualizeActivations(Pass):
     Source: one-sided equalisation of Meller et al., "Same, Same But Different" (1902.01917).
 
     Attributes:
-        strength: 0 leaves all but the inputs of depthwise layers alone, 1 gives all channels one range. It holds
+        strength: 0 leaves all alone, 1 gives all channels one range; None chooses for each fold. What is chosen holds
             for weights of 8 bits; columns that are further apart cost narrower ones more, so it is half of that from
-            6 bits on, and 0 for fewer.
-        margin: see above.
+            6 bits on, and 0 for fewer, but for folds that only depthwise layers read.
+        margin: see above; None chooses.
         percentile: of |activation| in a channel that counts as its range; 100 is the largest.
         clips: whether Clip is crossed in that way.
         target: says which layers want static activations; nothing else is touched.
@@ -60,8 +70,8 @@ class EqualizeActivations(Pass):
 
     contract: ClassVar[Literal["exact", "lossy"]] = LOSSY
     hints: ClassVar[tuple[str, ...]] = ("budget",)
-    strength: float = 0.35
-    margin: float = 2.0
+    strength: float | None = None
+    margin: float | None = None
     percentile: float = 100.0
     clips: bool = True
     target: str = "onnx"
@@ -69,9 +79,10 @@ class EqualizeActivations(Pass):
     budget: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (0 <= self.strength <= 1 and self.margin >= 1):
+        strengths, margins = self._choices()
+        if not (0 <= strengths[0] <= 1 and margins[0] >= 1):
             raise BadOption(
-                f"a strength of {self.strength} with a margin of {self.margin} does not exist",
+                f"a strength of {strengths[0]:g} with a margin of {margins[0]:g} does not exist",
                 "pass 'equalize-activations'",
                 "give a strength between 0 and 1 and a margin of 1 or more",
             )
@@ -86,20 +97,45 @@ class EqualizeActivations(Pass):
         sites = find_sites(model.ir)
         static = self._static(sites)
         inputs = {value: axis for value, axis in layer_inputs(model).items() if value in static}
-        depthwise, strength = _read_by_depthwise_only(sites), self.strength * _room(sites, self.budget)
+        depthwise, room = _read_by_depthwise_only(sites), _room(sites, self.budget)
         folds, refused = find_folds(model, inputs, lambda _fold: None, loose=self.clips)
-        values = {value: axis for fold in folds for value, axis in _quantized(fold, inputs).items()}
-        reach = channel_reach(model, {v.name or "": axis for v, axis in values.items()}, self.percentile)
+        products = {node for site in sites for node in site.users if static.intersection(site.activations)}
+        quantized = [target.value for target in choose_values(model.graph, products, outputs=False)]
+        values = {v.name or "": _axis(f, v) for f in folds for v in quantized if v in f.region.marks}
+        noise = channel_noise(model, values) if None in (self.strength, self.margin) else {}
+        reach = {name: found.reach.max(0) for name, found in noise.items()}
+        if not noise or self.percentile < 100:
+            reach = channel_reach(model, values, self.percentile)
         ranges: dict[str, list[float]] = {}
+        chosen: dict[str, tuple[float, float]] = {}
         for fold in progress.track(folds, "equalising activations"):
-            inside = {value: reach[value.name or ""] for value in values if value in fold.region.marks}
-            share = _share(fold, inside)
+            inside = {v: reach[v.name or ""] for v in quantized if v in fold.region.marks}
+            name, share = fold.value.name or "", _share(fold, inside)
+            error = FoldError(fold, {v: noise[v.name or ""] for v in inside}, sites) if noise else None
+            strength, margin = chosen[name] = self._choose(fold, error)
             free = depthwise.issuperset(inside.keys() & inputs.keys())
-            s = np.minimum(share * self.margin, 1.0) ** (1.0 if free else strength)
+            s = _scale(share, strength if free else strength * room, margin)
             fold.scale(s)
-            ranges[fold.value.name or ""] = [spread(share), spread(share / s)]
-        metrics = {"max_over_median": ranges} if ranges else {}
+            ranges[name] = [spread(share), spread(share / s)]
+        metrics = {"max_over_median": ranges, "strength_and_margin": chosen} if ranges else {}
         return PassReport(self.registered_name(), len(folds), tuple(refused), metrics)
+
+    def _choices(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The strengths and margins to choose from."""
+        strengths = _STRENGTHS if self.strength is None else (self.strength,)
+        return strengths, _MARGINS if self.margin is None else (self.margin,)
+
+    def _choose(self, fold: Fold, error: FoldError | None) -> tuple[float, float]:
+        """The strength and margin of least predicted error; scales of either half are judged on the other."""
+        strengths, margins = self._choices()
+        if error is None:
+            return strengths[0], margins[0]
+        shares = [_share(fold, error.reach(half)) for half in range(HALVES)]
+
+        def loss(choice: tuple[float, float]) -> float:
+            return sum(error(HALVES - 1 - half, _scale(share, *choice)) for half, share in enumerate(shares))
+
+        return min(product(strengths, margins), key=loss)
 
     def _static(self, sites: Sequence[Site]) -> set[ir.Value]:
         """The inputs that the target wants to quantize by fixed ranges."""
@@ -116,13 +152,14 @@ def _room(sites: Sequence[Site], budget: Sequence[str]) -> float:
     return float(np.clip((min(bits, default=8.0) - 4) // 2 / 2, 0, 1))
 
 
-def _quantized(fold: Fold, inputs: Mapping[ir.Value, int]) -> dict[ir.Value, int]:
-    """The values of a fold that will have a grid of their own, with their channel axes."""
-    found = {value: axis for value, axis in inputs.items() if value in fold.region.marks}
-    for node, mark in fold.region.loose_clips.items():
-        axes = [k for k, size in enumerate(mark.labels.shape) if size > 1]
-        found.setdefault(node.outputs[0], axes[0] if axes else fold.axis)
-    return found
+def _scale(share: Floats, strength: float, margin: float) -> Floats:
+    return np.minimum(share * margin, 1.0) ** strength
+
+
+def _axis(fold: Fold, value: ir.Value) -> int:
+    """The channel axis of a value in a fold."""
+    axes = [k for k, size in enumerate(fold.region.marks[value].labels.shape) if size > 1]
+    return axes[0] if axes else fold.axis
 
 
 def _read_by_depthwise_only(sites: Sequence[Site]) -> set[ir.Value]:

@@ -88,7 +88,7 @@ def test_budgets_next_to_each_other_give_the_same_graph() -> None:
     prints = {}
     for budget in ("2.5bits", "4bits", "5.9bits", "6bits", "7.5bits", "8bits"):
         model = uneven("mobilenet")
-        Pipeline([EqualizeActivations(activations="static", budget=(budget,))]).run(model)
+        Pipeline([EqualizeActivations(0.35, 2.0, activations="static", budget=(budget,))]).run(model)
         prints[budget] = fingerprint(model.ir)
     assert prints["2.5bits"] == prints["4bits"] == prints["5.9bits"] != prints["6bits"]
     assert prints["6bits"] == prints["7.5bits"] != prints["8bits"]
