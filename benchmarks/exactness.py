@@ -27,12 +27,10 @@ from qcompiler.progress import Silent
 
 MODELS = ("digits_cnn", "face_rnet", "efficientnet_lite0", "mobilenet_v2", "minilm_l6_v2", "smollm2_135m")
 PLAN = "uniform: spec = 'int4-sym-g64-fp16'"
-STATIC = "uniform: spec = 'int8-sym-channel-fp32', activation = 'static'"
 # What searches or learns is cut short: that decides nothing about exactness.
 PASSES = (
     "smooth", "smooth: sites = 'all', strength = 0.8", f"{PLAN} + awq: grid = 5", "scale-fold", "smooth-attention",
     f"{PLAN} + dual-scale: rounds = 2", "equalize", "equalize: clips = true",
-    f"{STATIC} + equalize-activations: activations = 'static'", "absorb-bias",
     "center-norms", "rotate: heads = true", "rotate: heads = true, online = true, keys = true", "rotate: block = 64",
     "pca-split", "pca-split: heads = true", "channel-order", "split-panels",
     f"{PLAN} + svdquant: grid = 2, sweeps = 3", f"{PLAN} + lorc: rank = 8",
