@@ -61,7 +61,7 @@ class ChannelNoise:
             weight: [channels], what an error in a channel costs.
         """
         whole = float((self.reach[half] / s).max(initial=0.0))
-        return min((float(weight @ self._errors(half, s * whole * share)) for share in _SHARES), default=0.0)
+        return min(float(weight @ self._errors(half, s * whole * share)) for share in _SHARES)
 
     def _errors(self, half: int, ends: Floats) -> Floats:
         """[channels]: of grids that end at `ends`; what lies below half a step becomes zero."""
@@ -82,28 +82,37 @@ def channel_noise(model: Model, axes: Mapping[str, int]) -> dict[str, ChannelNoi
         model: with calibration data.
         axes: of the channels, by the name of a value.
     """
-    counts: dict[str, npt.NDArray[np.int64]] = {}
-    reach: dict[str, Floats] = {}
-    unsigned = dict.fromkeys(axes, True)
-    seen = dict.fromkeys(axes, 0)
+    tables: dict[str, _Table] = {}
     data, limit = calibration_of(model), enough_samples(model)
-    half = max(1, (data.count if limit is None else min(limit, data.count)) // HALVES)
+    half = (data.count if limit is None else min(limit, data.count)) // HALVES
     for batch in activations(model, list(axes), limit):
         for name, array in batch.items():
-            rows = np.moveaxis(np.asarray(array, np.float32), axes[name], 0)
-            rows = rows.reshape(len(rows), -1)
-            part = min(seen[name] // half, HALVES - 1)  # of a batch in both halves: where it begins
-            seen[name] += array.shape[0] if array.ndim else 1
-            if name not in counts:
-                counts[name], reach[name] = (
-                    np.zeros((HALVES, len(rows), _BINS), np.int64),
-                    np.zeros((HALVES, len(rows))),
-                )
-            counts[name][part] += _count(rows[:, :: max(1, array.size // (len(rows) * array.shape[0] * _POSITIONS))])
-            low, high = rows.min(1, initial=0), rows.max(1, initial=0)
-            reach[name][part] = np.maximum(reach[name][part], np.maximum(-low, high))
-            unsigned[name] = unsigned[name] and not low.any()
-    return {name: ChannelNoise(table, reach[name], unsigned=unsigned[name]) for name, table in counts.items()}
+            if name not in tables:
+                tables[name] = _Table(array.shape[axes[name]])
+            table = tables[name]
+            first = min(max(half - table.seen, 0), len(array))
+            for part, piece in enumerate((array[:first], array[first:])):
+                if piece.size:
+                    table.add(part, np.moveaxis(np.asarray(piece, np.float32), axes[name], 0), len(piece))
+    return {name: ChannelNoise(t.counts, t.reach, unsigned=t.unsigned) for name, t in tables.items()}
+
+
+class _Table:
+    """What is being counted of one value."""
+
+    def __init__(self, channels: int) -> None:
+        self.seen, self.unsigned = 0, True
+        self.counts = np.zeros((HALVES, channels, _BINS), np.int64)
+        self.reach = np.zeros((HALVES, channels))
+
+    def add(self, half: int, array: npt.NDArray[np.float32], samples: int) -> None:
+        """Count [channels, ...] of so many samples."""
+        rows = array.reshape(len(array), -1)
+        self.seen += samples
+        self.counts[half] += _count(rows[:, :: max(1, rows.shape[1] // (samples * _POSITIONS))])
+        low, high = rows.min(1), rows.max(1)
+        self.reach[half] = np.maximum(self.reach[half], np.maximum(-low, high))
+        self.unsigned = self.unsigned and float(low.min()) >= 0
 
 
 def _count(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
