@@ -24,9 +24,10 @@ class Notes(Silent):
         self.seen.append(text)
 
 
-def test_rounding_without_a_plan_is_refused() -> None:
-    with pytest.raises(BadOption, match=r"'nearest' rounds what is planned.*; put 'allocate' or 'uniform' in front"):
-        lower(mlp(), Pipeline.from_toml(ROUNDED + LOWERED), Silent())
+@pytest.mark.parametrize("name", ["nearest", "gptq", "choose-rounding"])
+def test_rounding_without_a_plan_is_refused(name: str) -> None:
+    with pytest.raises(BadOption, match=rf"'{name}' rounds what is planned.*; put 'allocate' or 'uniform' in front"):
+        lower(mlp(), Pipeline.from_toml(f'[[pass]]\nname = "{name}"\n' + LOWERED), Silent())
 
 
 @pytest.mark.parametrize("plan", ['[[pass]]\nname = "uniform"\n', ""])

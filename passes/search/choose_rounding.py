@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf, nan
-from typing import Any
+from typing import Any, ClassVar
 
 from qcompiler.errors import BadOption, PassRefused, QcompilerError, Refusal
 from qcompiler.measure.memory import spill
@@ -35,6 +35,7 @@ class ChooseRounding(Pass):
         target, seed: handed to the steps.
     """
 
+    makes_codes: ClassVar[bool] = True
     among: tuple[str, ...] = ("gptq",)
     then: tuple[str, ...] = ("activation-ranges",)
     after: tuple[str, ...] = ("bias-correction",)
