@@ -10,8 +10,8 @@ Claims of issue and papers (QuaRot 2404.00456, ResQ 2412.14363, SVDQuant 2411.05
    explicit products in front of every matrix, and resq keeps the strongest channels apart from them.
 3. SVDQuant (groups of 64, a quarter of a bit for the branch) better than smoothing (groups of 32).
 
-Both claims to nearest and by GPTQ (short: 2048 tokens, no descent). Figures are signal to noise of the outputs in dB: logits
-of 8 windows of 512 tokens, embeddings of 64 texts; beside it the KL divergence of the next token.
+All to nearest and by GPTQ (short: 2048 tokens, no descent). Figures are signal to noise of the outputs in dB: logits of 8
+windows of 512 tokens, embeddings of 64 texts; beside it the KL divergence of the next token.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ MODELS = {"smollm2_135m": 8, "minilm_l6_v2": 64}  # and samples to judge by
 def plan(group: int, bits: int) -> Uniform:
     """Weights of 4 bits in groups, rows of `bits`; 8 bits for both where a transform asks for more."""
     clip = 0.9 if bits == 4 else 1.0
-    return Uniform(
-        f"int4-sym-g{group}-fp16", "dynamic", TABLE, high=WIDE, activation_bits=bits, activation_clip=clip
-    )
+    return Uniform(f"int4-sym-g{group}-fp16", "dynamic", TABLE, high=WIDE, activation_bits=bits, activation_clip=clip)
 
 
 def rotations(name: str, bits: int, seed: int) -> dict[str, Sequence[Pass]]:
