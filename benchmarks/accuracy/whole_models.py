@@ -2,16 +2,16 @@
 
     nice -n 5 python benchmarks/accuracy/whole_models.py --assets ~/.cache/qc-assets
 
-Claims of issue and papers (QuaRot 2404.00456, ResQ 2412.14363, SVDQuant 2411.05007), at equal bytes:
+Claims (QuaRot 2404.00456, ResQ 2412.14363, SVDQuant 2411.05007), at equal bytes:
 
 1. resq better than hadamard better than plain, in all layers of SmolLM2. ResQ has an eighth of the directions of the
-   stream, and of what other products read, at 8 bits; the others may spend that on groups of 32 and 40.
-2. The same order on MiniLM, whose norms stand behind the sums, so that no stream can be turned: there hadamard are small
-   explicit products in front of every matrix, and resq keeps the strongest channels apart from them.
+   stream, and of what other products read, at 8 bits; the others may spend that on groups of 20 instead of 64.
+2. The same order on MiniLM, whose norms stand behind the sums, so that no stream can be turned: there hadamard are
+   small explicit products in front of every matrix, and resq keeps the strongest channels apart from them.
 3. SVDQuant (groups of 64, a quarter of a bit for the branch) better than smoothing (groups of 32).
 
-All to nearest and by GPTQ (short: 2048 tokens, no descent). Figures are signal to noise of the outputs in dB: logits of 8
-windows of 512 tokens, embeddings of 64 texts; beside it the KL divergence of the next token.
+All to nearest and by GPTQ (short: 2048 tokens, no descent). Figures are signal to noise of the outputs in dB: logits
+of 8 windows of 512 tokens, embeddings of 64 texts; beside it the KL divergence of the next token.
 """
 
 from __future__ import annotations
