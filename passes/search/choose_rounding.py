@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf, nan
 from typing import Any, ClassVar
 
 from qcompiler.errors import BadOption, PassRefused, QcompilerError, Refusal
 from qcompiler.measure.memory import spill
+from qcompiler.measure.samples import samples_for_one
 from qcompiler.model import Model
 from qcompiler.passes.search.held_back import HeldBack
 from qcompiler.passes.search.trials import Trial, steps_of
@@ -24,14 +24,16 @@ _CLOSE = 1.5  # times the least loss: roundings that may still be the best when 
 class ChooseRounding(Pass):
     """Round a plan in several ways, refine what is nearly the best by further steps, and keep what loses least then.
 
-    Rounding to nearest is always among them: what is chosen is never worse than that on the samples held back. Where
-    the chosen steps would have used more samples than were left to fit on, they are taken once more with all of them.
-    With too few samples to hold some back, the first rounding and all steps are taken.
+    Rounding to nearest is always among them: what comes out is never worse than that on the samples held back. With too
+    few samples to hold some back, the first rounding and all steps are taken.
 
     Attributes:
         among: roundings, each from the float weights; options as in "gptq: samples = 24".
         then: steps that each gets in any case, such as ranges of activations.
         after: steps that refine it, tried in turn; one that doesn't lower the loss is undone.
+        refit: take the chosen steps once more with all samples, where they ask for more than were left to fit on: in
+            front of nothing that judges by the same samples, such as `tune`. It stays where the loss on the samples
+            that were held back, and are not any more, is no higher.
         target, seed: handed to the steps.
     """
 
@@ -39,6 +41,7 @@ class ChooseRounding(Pass):
     among: tuple[str, ...] = ("gptq",)
     then: tuple[str, ...] = ("activation-ranges",)
     after: tuple[str, ...] = ("bias-correction",)
+    refit: bool = False
     target: str = "onnx"
     seed: int = 0
 
@@ -73,22 +76,36 @@ class ChooseRounding(Pass):
             for text, item in steps_of(self, self.after).items():
                 chain.enter(chain.best, (*chain.steps, text), item)
         found = min(ahead, key=lambda chain: chain.least.loss)
-        if judge is not None and self._lacked(found.steps, judge):
-            progress.note("choose-rounding: once more with the samples that were held back")
-            found.again(model, steps_of(self, found.steps).values())
+        refitted = judge is not None and self._lacked(model, found.steps, judge) and self._again(model, found, progress)
         model.weights, model.bias_shift, model.ranges = found.best.weights, found.best.bias_shift, found.best.ranges
         told = " + ".join(found.steps)
         if judge is not None:
             compared = f"weights alone {found.trials[0].loss:.4g}, to nearest {alone[0]:.4g}"
             progress.note(f"choose-rounding: {told}, loss on held-back samples {found.least.loss:.4g} ({compared})")
         trials = [trial.to_json() for chain in chains for trial in chain.trials]
-        metrics = found.metrics | {"trials": trials, "chosen": told}
+        metrics = found.metrics | {"trials": trials, "chosen": told, "refitted": refitted}
         return PassReport(self.registered_name(), len(model.weights), (*refused, *found.refused), metrics)
 
-    def _lacked(self, steps: tuple[str, ...], judge: HeldBack) -> bool:
+    def _lacked(self, model: Model, steps: tuple[str, ...], judge: HeldBack) -> bool:
         """Whether one of the steps asks for more samples than it could be fitted on in its trial."""
         wanted = [getattr(item, "samples", 0) for item in steps_of(self, steps).values()]
-        return max(wanted, default=0) > judge.fit.count
+        return self.refit and max(wanted, default=0) * samples_for_one(model.ir, judge.fit) > judge.fit.count
+
+    def _again(self, model: Model, found: _Chain, progress: Progress) -> bool:
+        """Take the steps of the best with all data; whether that is kept."""
+        progress.note("choose-rounding: once more with the samples that were held back")
+        again = _Chain(None, model, progress)
+        try:
+            for text, item in steps_of(self, found.steps).items():
+                again.go_on(text, item)
+        except QcompilerError as reason:
+            found.refused.append(_left_out("second time", reason, model, progress))
+            return False
+        assert found.judge is not None
+        if not found.judge.loss(again.best) <= found.least.loss:
+            return False
+        found.best, found.metrics, found.refused = again.best, again.metrics, again.refused
+        return True
 
     def _rounded(self, model: Model, judge: HeldBack | None, progress: Progress) -> tuple[list[_Chain], list[Refusal]]:
         """The model in every rounding, to nearest first; those that could not be had."""
@@ -101,7 +118,7 @@ class ChooseRounding(Pass):
                 chain.enter(model, (text,), item)
                 chains.append(chain)
             except QcompilerError as reason:
-                if not chains:
+                if not chains or isinstance(reason, BadOption):
                     raise
                 refused.append(_left_out(text, reason, model, progress))
         return chains, refused
@@ -144,7 +161,7 @@ class _Chain:
         try:
             work, report = self._taken(start, item)
         except QcompilerError as reason:
-            if not self.trials:
+            if not self.trials or isinstance(reason, BadOption):
                 raise
             self.refused.append(_left_out(steps[-1], reason, start, self.progress))
             return
@@ -165,14 +182,6 @@ class _Chain:
             self.least = self._trial((*self.steps, text), self.best, began)
             self.trials.append(self.least)
 
-    def again(self, start: Model, items: Iterable[Pass]) -> None:
-        """Take the steps that made the best from the start, with all of its data."""
-        self.judge, self.best, self.metrics, self.refused = None, start, {}, []
-        for item in items:
-            self.best, report = self._taken(self.best, item)
-            self.metrics |= report.metrics
-            self.refused += report.refused
-
     def _trial(self, steps: tuple[str, ...], work: Model, began: float) -> Trial:
         return Trial(steps, nan if self.judge is None else self.judge.loss(work), time.monotonic() - began)
 
@@ -181,8 +190,21 @@ class _Chain:
         work.calibration = start.calibration if self.judge is None else self.judge.fit
         item.requires(work)
         report = item.run(work, self.progress)
+        if work.plan != start.plan or not _same_graph(work, start):
+            what = f"'{item.registered_name()}' changes the graph or the plan, which roundings leave alone"
+            raise BadOption(what, "pass 'choose-rounding'", "put it into the pipeline, as a pass of its own")
         spill(work, start)
         return work, report
+
+
+def _same_graph(work: Model, start: Model) -> bool:
+    """Whether a clone still has the nodes and the tensors of what it was cloned from."""
+    new, old = work.graph, start.graph
+    tensors = all(
+        name in new.initializers and new.initializers[name].const_value is value.const_value
+        for name, value in old.initializers.items()
+    )
+    return tensors and len(new.initializers) == len(old.initializers) and len(new) == len(old)
 
 
 def _left_out(text: str, reason: QcompilerError, model: Model, progress: Progress) -> Refusal:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import inf, nan
 from typing import ClassVar, Literal, get_args
 
+from qcompiler import registry
 from qcompiler.budget import parse_budget
 from qcompiler.errors import BadOption, PassRefused
 from qcompiler.measure.memory import spill
@@ -67,6 +68,8 @@ class ChooseTransforms(Pass):
     def __post_init__(self) -> None:
         steps = steps_of(self, (*self.among, self.rounding, *self._plans))
         where = "pass 'choose-transforms'"
+        if self.plan and self.plan.partition(":")[0].strip() not in registry.names("passes"):
+            raise BadOption(f"there is no pass '{self.plan}'", where, "give a planner, such as allocate")
         if any(steps[text].contract == EXACT or steps[text].makes_codes for text in self._plans):
             raise BadOption(f"'{self.plan}' plans nothing", where, "give a planner, such as allocate")
         for text in self.among:
@@ -94,34 +97,37 @@ class ChooseTransforms(Pass):
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Try, choose, apply."""
-        trials, best = self._searched(model, progress) if self.among else ([Trial((), nan, 0.0)], ())
+        trials, best, kept = self._searched(model, progress) if self.among else ([Trial((), nan, 0.0)], (), ())
         reports = self._transformed(model, best, progress)
         told = " + ".join(best) or "none"
         progress.note(f"choose-transforms: {told} ({len(trials)} tried)")
         metrics = {name: value for report in reports for name, value in report.metrics.items()}
         metrics |= {"trials": [trial.to_json() for trial in trials], "interactions": interactions(trials)}
         refused = tuple(refusal for report in reports for refusal in report.refused)
-        return PassReport(self.registered_name(), len(reports), refused, metrics | {"chosen": told})
+        metrics |= {"chosen": told, "decided_by": " + ".join(kept) or "none"}
+        return PassReport(self.registered_name(), len(reports), refused, metrics)
 
     @property
     def _plans(self) -> tuple[str, ...]:
         """The planner of the last trials, if there are to be such; without a budget there is nothing to plan for."""
         return (self.plan,) if self.plan and self.budget else ()
 
-    def _searched(self, model: Model, progress: Progress) -> tuple[list[Trial], _Steps]:
-        """All trials, in the order in which they were made, and the set that is best."""
+    def _searched(self, model: Model, progress: Progress) -> tuple[list[Trial], _Steps, _Steps]:
+        """All trials, in the order in which they were made, the best set, and the trial that says so."""
+        start = self._ordered(self.start)
         if not self._stand_in(model).sites:  # nothing can be rounded, so that nothing can be told apart
-            return [Trial((), nan, 0.0)], ()
+            return [Trial((), nan, 0.0)], (), ()
         judge = HeldBack.of(model, progress, self.registered_name()) if self.seconds else None
         if judge is None:
-            start = self._ordered(self.start)
-            return [Trial(start, nan, 0.0)], start
+            return [Trial(start, nan, 0.0)], start, start
         trials = self._trials(model, judge, progress)
+        if start not in [trial.steps for trial in trials]:  # the time was over before
+            return trials, start, start
         best = _fewest(trials).steps
         planned = {steps: self._try_planned(model, steps, judge, progress) for steps in self._close(trials, best)}
-        if planned:
-            best = _fewest([replace(trial, steps=steps) for steps, trial in planned.items()]).steps
-        return [*trials, *planned.values()], best
+        losses = [replace(trial, steps=steps) for steps, trial in planned.items() if trial.loss < inf]
+        decided = _fewest(losses).steps if losses else best
+        return [*trials, *planned.values()], decided, (*decided, self.plan) if losses else decided
 
     def _close(self, trials: Sequence[Trial], best: _Steps) -> list[_Steps]:
         """What is tried with a plan: the best, and what it has to beat where that is close."""
@@ -189,6 +195,8 @@ class ChooseTransforms(Pass):
             planner = steps_of(self, self._plans)[self.plan]
             planner.requires(work)
             planner.run(work, progress)
+            if not work.plan.sites:
+                raise PassRefused(f"{planner.registered_name()} plans nothing", model.name)
             work.calibration = judge.fit
             return self._rounded_loss(work, model, judge)
 

@@ -15,8 +15,9 @@ def gains(reports: Sequence[PassReport]) -> list[dict[str, Any]]:
     """One entry a pass that measured what it does on held-back samples, in the order of the passes.
 
     Returns:
-        Entries: pass, title, chosen, rows (steps, loss, share of the loss of the first row, seconds, refused, kept) and
-        interactions (see `passes.search.trials.interactions`; empty where no two steps were tried together).
+        Entries: pass, title, chosen (the row that decided), rows (steps, loss, share of the loss of the first row,
+        seconds, refused, kept), refitted (what is kept was made once more with all samples) and interactions (see
+        `passes.search.trials.interactions`; empty where no two steps were tried together).
     """
     found: list[dict[str, Any]] = []
     for report in reports:
@@ -30,7 +31,8 @@ def gains(reports: Sequence[PassReport]) -> list[dict[str, Any]]:
 def _trials(report: PassReport) -> dict[str, Any]:
     trials, chosen = report.metrics["trials"], str(report.metrics.get("chosen", ""))
     rows = [_row(" + ".join(t["steps"]) or "none", t["loss"], t["seconds"], t["refused"]) for t in trials]
-    return _entry(report, chosen, rows, report.metrics.get("interactions", []))
+    decided = str(report.metrics.get("decided_by", chosen))
+    return _entry(report, decided, rows, report.metrics.get("interactions", []))
 
 
 def _before_and_after(report: PassReport) -> dict[str, Any]:
@@ -52,4 +54,5 @@ def _entry(
         row["share"] = row["loss"] / first if first and row["loss"] is not None else None
         row["kept"] = row["steps"] == chosen
     title = _TITLES.get(report.name, report.name.capitalize())
-    return {"pass": report.name, "title": title, "chosen": chosen, "rows": rows, "interactions": list(interactions)}
+    facts = {"rows": rows, "interactions": list(interactions), "refitted": bool(report.metrics.get("refitted"))}
+    return {"pass": report.name, "title": title, "chosen": chosen} | facts

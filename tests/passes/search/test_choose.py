@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from onnx import helper
 
@@ -28,7 +29,6 @@ from qcompiler.progress import Progress, Silent
 from tests.graph.architectures import feeds_for, inject_outliers, llama
 from tests.passes.round.small_models import build, cnn, mlp
 
-# So few samples that what is chosen is not fitted again with those that were held back
 _GPTQ, _RANGES, _CORRECTION = (f"{name}: samples = 8" for name in ("gptq", "activation-ranges", "bias-correction"))
 
 
@@ -62,10 +62,22 @@ class Refuses(Pass):
         raise AssertionError("it refused")
 
 
+@dataclass(frozen=True)
+class Edits(Pass):
+    """Changes a weight of the graph."""
+
+    def run(self, model: Model, progress: Progress) -> PassReport:
+        value = next(iter(model.graph.initializers.values()))
+        assert value.const_value is not None
+        value.const_value = ir.tensor(2 * value.const_value.numpy(), name=value.name)
+        return PassReport("edits", 1)
+
+
 @pytest.fixture(autouse=True)
 def more_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.names("passes"), "wreck", f"{__name__}:Wreck")
     monkeypatch.setitem(registry.names("passes"), "refuses", f"{__name__}:Refuses")
+    monkeypatch.setitem(registry.names("passes"), "edits", f"{__name__}:Edits")
 
 
 def loud_llama() -> Model:
@@ -122,22 +134,60 @@ def test_static_ranges_come_between_rounding_and_refinement() -> None:
     assert rows[chosen] == min(loss for steps, loss in rows.items() if _RANGES in steps)
 
 
-def test_what_is_chosen_is_fitted_on_all_samples_at_last() -> None:
-    model, same, told = mlp(samples=24), mlp(samples=24), list[str]()
-    for one in (model, same):
-        Uniform(spec="int3-sym-channel-fp16").run(one, Silent())
+def test_what_is_chosen_is_fitted_on_all_samples_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, told = "gptq: samples = 24", list[str]()
     listening = type("Listening", (Silent,), {"note": lambda self, text: told.append(text)})()
-    report = ChooseRounding(among=("gptq: samples = 24",), after=()).run(model, listening)
-    assert report.metrics["chosen"] == "gptq: samples = 24"
-    parse_pass("gptq: samples = 24", "test").run(same, Silent())
-    less = mlp(samples=24)
-    Uniform(spec="int3-sym-channel-fp16").run(less, Silent())
-    less.calibration = HeldBack(less).fit
-    parse_pass("gptq: samples = 24", "test").run(less, Silent())
-    for name, tensor in same.weights.items():
-        assert (model.weights[name].codes == tensor.codes).all()
-    assert any((less.weights[name].codes != tensor.codes).any() for name, tensor in same.weights.items())
+    least = HeldBack.loss
+    for outcome, kept in ((0.0, True), (np.inf, False)):
+        model, same, less = (mlp(samples=24) for _ in range(3))
+        for one in (model, same, less):
+            Uniform(spec="int3-sym-channel-fp16").run(one, Silent())
+        less.calibration = HeldBack(less).fit
+        for one in (same, less):
+            parse_pass(steps, "test").run(one, Silent())
+        found = iter([1.0, 0.5, outcome])  # to nearest, chosen, once more
+        monkeypatch.setattr(HeldBack, "loss", lambda *_, found=found: next(found))
+        report = ChooseRounding(among=(steps,), after=(), refit=True).run(model, listening)
+        monkeypatch.setattr(HeldBack, "loss", least)
+        assert (report.metrics["chosen"], report.metrics["refitted"]) == (steps, kept)
+        for name, tensor in (same if kept else less).weights.items():
+            assert (model.weights[name].codes == tensor.codes).all()
+        assert any((less.weights[name].codes != tensor.codes).any() for name, tensor in same.weights.items())
     assert any("once more with the samples that were held back" in text for text in told)
+
+
+def test_enough_samples_need_no_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, losses = cnn(samples=24), iter([1.0, 0.5, 0.4])  # to nearest, chosen, corrected
+    Uniform(spec="int3-sym-channel-fp16").run(model, Silent())
+    monkeypatch.setattr(HeldBack, "loss", lambda *_: next(losses))
+    report = ChooseRounding(among=(_GPTQ,), after=(_CORRECTION,), refit=True).run(model, Silent())
+    assert not report.metrics["refitted"]
+
+
+@pytest.mark.parametrize("step", ["uniform: spec = 'int4-sym-channel-fp16'", "edits"])
+def test_steps_that_roundings_cannot_keep_are_refused(step: str) -> None:
+    model = mlp()
+    Uniform(spec="int3-sym-channel-fp16").run(model, Silent())
+    with pytest.raises(BadOption, match="changes the graph or the plan"):
+        ChooseRounding(then=(), after=(step,)).run(model, Silent())
+
+
+def test_where_the_time_ends_first_the_start_is_taken() -> None:
+    report = ChooseTransforms(
+        among=("scale-fold", "rotate"), start=("rotate",), rounding="nearest", budget=("4bits",), seconds=1e-9
+    ).run(loud_llama(), Silent())
+    assert report.metrics["chosen"] == "rotate"
+    assert [row["steps"] for row in report.metrics["trials"]] == [[]]
+
+
+def test_plans_that_cannot_be_had_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 0.99, 0.93, 0.95])
+    monkeypatch.setattr(HeldBack, "loss", lambda *_: next(losses))
+    chooser = ChooseTransforms(
+        among=("scale-fold", "rotate"), start=("scale-fold",), rounding="nearest", plan="tune", budget=("4bits",)
+    )
+    report = chooser.run(loud_llama(), Silent())
+    assert (report.metrics["chosen"], report.metrics["decided_by"]) == ("rotate", "rotate")
 
 
 def test_a_rounding_that_is_nearly_the_best_may_win_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +258,7 @@ def test_what_is_close_is_decided_with_the_plan(monkeypatch: pytest.MonkeyPatch)
     report = chooser.run(model, Silent())
     rows = {" + ".join(row["steps"]) or "none": row["loss"] for row in report.metrics["trials"]}
     assert rows == plain | {" + ".join([*steps, planner]): loss for steps, loss in planned.items()}
-    assert report.metrics["chosen"] == "scale-fold"
+    assert (report.metrics["chosen"], report.metrics["decided_by"]) == ("scale-fold", f"scale-fold + {planner}")
     assert model.plan.sites == {}  # plans of trials are not the model's
 
 
@@ -291,6 +341,11 @@ def test_a_pass_that_is_written_wrongly_is_named(text: str) -> None:
 def test_what_plans_nothing_is_no_planner(plan: str) -> None:
     with pytest.raises(BadOption, match="plans nothing"):
         ChooseTransforms(plan=plan, budget=("4bits",))
+
+
+def test_a_planner_that_does_not_exist_is_refused_without_a_budget_too() -> None:
+    with pytest.raises(BadOption, match="there is no pass 'alocate'"):
+        ChooseTransforms(plan="alocate")
 
 
 def test_options_that_mean_nothing() -> None:
