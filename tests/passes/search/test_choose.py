@@ -160,7 +160,9 @@ def test_enough_samples_need_no_second_time(monkeypatch: pytest.MonkeyPatch) -> 
     model, losses = cnn(samples=24), iter([1.0, 0.5, 0.4])  # to nearest, chosen, corrected
     Uniform(spec="int3-sym-channel-fp16").run(model, Silent())
     monkeypatch.setattr(HeldBack, "loss", lambda *_: next(losses))
-    report = ChooseRounding(among=(_GPTQ,), after=(_CORRECTION,), refit=True).run(model, Silent())
+    report = ChooseRounding(among=("gptq: samples = 2",), after=("bias-correction: samples = 2",), refit=True).run(
+        model, Silent()
+    )
     assert not report.metrics["refitted"]
 
 
