@@ -1,6 +1,7 @@
 """W4A8 and W4A4 on whole models, activations rounded row by row: rotations, ResQ, and SVDQuant against smoothing.
 
-    nice -n 5 python benchmarks/accuracy/whole_models.py --assets ~/.cache/qc-assets
+    nice -n 5 python benchmarks/accuracy/whole_models.py --assets ~/.cache/qc-assets [--models a,b] [--seeds 3]
+        [--bits 4,8] [--roundings nearest,gptq] [--arms rotations,branches]
 
 Claims (QuaRot 2404.00456, ResQ 2412.14363, SVDQuant 2411.05007), at equal bytes:
 
@@ -78,15 +79,19 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--bits", default="4,8")
+    parser.add_argument("--roundings", default=",".join(ROUNDINGS))
+    parser.add_argument("--arms", default="rotations,branches")
     args = parser.parse_args()
     for name in args.models.split(","):
         claim = Claim(f"Rows of 4 and 8 bits on all of {name}")
         for seed in SEEDS[: args.seeds]:
             found = fixture(args.assets, name, seed=seed, samples=32, public=MODELS[name])
             for bits in map(int, args.bits.split(",")):
-                for how, rounding in ROUNDINGS.items():
-                    run(claim, f"W4A{bits} {how}", found, rotations(name, bits, seed), rounding)
-                    run(claim, f"W4A{bits} {how}, branch", found, branches(bits), rounding)
+                for how in args.roundings.split(","):
+                    if "rotations" in args.arms:
+                        run(claim, f"W4A{bits} {how}", found, rotations(name, bits, seed), ROUNDINGS[how])
+                    if "branches" in args.arms:
+                        run(claim, f"W4A{bits} {how}, branch", found, branches(bits), ROUNDINGS[how])
         for case in [case for case, arm in claim.values if arm == "resq"]:
             claim.better(case, "resq", "hadamard")
             claim.better(case, "hadamard", "plain")
