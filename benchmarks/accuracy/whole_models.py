@@ -57,9 +57,11 @@ def rotations(name: str, bits: int, seed: int) -> dict[str, Sequence[Pass]]:
 def branches(bits: int) -> dict[str, Sequence[Pass]]:
     """Claim 3."""
     fine, coarse = plan(32, bits), plan(64, bits)
-    smoothed = {"smooth 0.5": Smooth(sites="all"), "smooth 0.8": Smooth(0.8, sites="all"), "awq": AWQ(grid=10)}
-    return {name: [fine, item] for name, item in smoothed.items()} | {
-        "svdquant": [coarse, SVDQuant(share=0.25, grid=8, sweeps=10)]
+    return {
+        "smooth 0.5": [fine, Smooth(sites="all")],
+        "smooth 0.8": [fine, Smooth(0.8, sites="all")],
+        "awq": [fine, AWQ(grid=10)],
+        "svdquant": [coarse, SVDQuant(share=0.25, grid=8, sweeps=10)],
     }
 
 

@@ -147,9 +147,10 @@ def test_sites_that_can_have_none_say_why() -> None:
 def test_order_and_data_are_asked_for() -> None:
     with pytest.raises(PassRefused, match="no plan"):
         run(gated(), lorc())
-    for item in (lorc(rank=0), lorc(share=-0.5)):
-        with pytest.raises(BadOption):
-            run(planned(gated(), SPEC), item)
+    with pytest.raises(BadOption, match="rank"):
+        lorc(rank=0)
+    with pytest.raises(BadOption, match="share"):
+        lorc(share=-0.5)
     model = planned(gated(20.0), SPEC)
     model.calibration = None
     for saliency in ("input", "slim"):
