@@ -165,14 +165,9 @@ def _row(site: Site, model: Model, alone_: float, accumulated: float, gain: floa
     return LayerError(site.name, str(spec), alone_, accumulated, gain, cost)
 
 
-def _float_weight(site: Site) -> npt.NDArray[Any]:
-    assert site.weight.const_value is not None
-    return site.weight.const_value.numpy()
-
-
 def _finer(site: Site, codes: QTensor) -> npt.NDArray[Any]:
     """The weights with the error that they have now, shrunk as much as one more bit shrinks the step."""
-    bits, weight = codes.spec.bits, _float_weight(site)
+    bits, weight = codes.spec.bits, site.array()
     error = decoded_weight(site, codes).astype(np.float32) - weight
     return (weight + error * ((2**bits - 1) / (2 ** (bits + 1) - 1))).astype(weight.dtype)
 
@@ -184,7 +179,7 @@ def _accumulate(
     """Quantize one layer after the other, in graph order, and add `share` of the loss after each to `total`."""
     boundary, done = chain.start(feed), dict[str, npt.NDArray[Any]]()
     for segment in progress.track(list(chain), "accumulated error"):
-        own = {weight_name(s): _float_weight(s) for s in segment.sites if s.name in total}
+        own = {weight_name(s): s.array() for s in segment.sites if s.name in total}
         for site in segment.sites:
             if site.name in total:
                 done[weight_name(site)] = decoded_weight(site, model.weights[site.name])

@@ -74,6 +74,10 @@ class Model:
         """The main graph."""
         return self.ir.graph
 
+    def parts(self) -> tuple[list[ir.Node], dict[str, ir.TensorProtocol | None]]:
+        """The nodes and tensors that the graph is made of, equal if they are the same ones: transforms replace them."""
+        return list(self.graph), {name: value.const_value for name, value in self.graph.initializers.items()}
+
     def clone(self) -> Model:
         """A copy whose graph and tables can be changed freely; tensors are shared."""
         return Model(

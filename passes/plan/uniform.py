@@ -72,9 +72,10 @@ class Uniform(Pass):
 
     def foresee(self, model: Model) -> None:
         """Refuse formats that the target can store nothing in, and a budget that they exceed."""
-        self._check_formats(find_sites(model.ir))
         if self.budget:
             self._plan(Model(model.ir, model.name), Silent())
+        else:
+            self._check_formats(find_sites(model.ir))
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Fill `model.plan`.

@@ -23,6 +23,7 @@ from qcompiler.errors import PassRefused
 from qcompiler.formats import QTensor
 from qcompiler.formats.base import Floats
 from qcompiler.graph.sites import find_sites
+from qcompiler.measure.decoded import decoded_weight
 from qcompiler.measure.segments import Boundary, Segments
 from qcompiler.model import Model
 from qcompiler.passes.lower.bias import append_add
@@ -183,7 +184,7 @@ class _Stream:
         self.replaced = {name: array for name, array in self.replaced.items() if name in later}
         for site in rest[0].sites:
             if site.name in self._codes:
-                self.replaced[str(site.weight.name)] = site.from_matrix(self._codes[site.name].decode())
+                self.replaced[str(site.weight.name)] = decoded_weight(site, self._codes[site.name])
 
     def _read(self, places: list[Place]) -> dict[str, Floats]:
         names = list(dict.fromkeys(place.value for place in places))

@@ -158,7 +158,7 @@ class GPTQ(Pass):
         """
         parts: list[list[QTensor]] = []
         found, plain, power = 0.0, 0.0, 0.0
-        views = [site.to_matrix(_weight(site)) for site in product]
+        views = [site.to_matrix(site.array()) for site in product]
         shape = (views[0].shape[0], sum(view.shape[1] for view in views))
         for rows in _row_parts(shape, specs, factor):
             part = np.concatenate([np.asarray(view[rows], np.float32) for view in views], 1) / unit
@@ -220,15 +220,10 @@ class GPTQ(Pass):
         return gram * mean, None if cross is None else np.asarray(cross * mean, np.float32)
 
 
-def _weight(site: Site) -> Array:
-    assert site.weight.const_value is not None
-    return site.weight.const_value.numpy()
-
-
 def _unit(product: Product, specs: Sequence[QuantSpec]) -> np.float32:
     """The `free_magnitude` of matrices side by side."""
     halves = [spec for spec in specs if spec.scale_dtype == "float16"]
-    return max(free_magnitude(_weight(site), (halves or specs)[0]) for site in product)
+    return max(free_magnitude(site.array(), (halves or specs)[0]) for site in product)
 
 
 def _row_parts(shape: tuple[int, ...], specs: Sequence[QuantSpec], factor: Factor) -> list[slice]:

@@ -14,12 +14,12 @@ from qcompiler.formats.base import Floats
 from qcompiler.formats.fit import Method, quantize
 from qcompiler.graph.sites import Site, find_sites
 from qcompiler.measure.curvature import fisher
-from qcompiler.measure.gram import gram_parts, grams
+from qcompiler.measure.gram import gram_parts, grams, multiplied
 from qcompiler.measure.samples import samples_for_one
 from qcompiler.measure.segments import Segments
 from qcompiler.measure.stream import calibration_of
 from qcompiler.model import Model
-from qcompiler.passes.round.rows import input_rows, readers
+from qcompiler.passes.round.rows import input_rows
 from qcompiler.passes.round.streams import calibration_feeds
 from qcompiler.pipeline import Pass, PassReport, check_numbers
 from qcompiler.progress import Progress
@@ -96,17 +96,17 @@ def _moments(model: Model, sites: list[Site], samples: int) -> Callable[[Site], 
 def _powers(model: Model, sites: list[Site], samples: int) -> dict[str, Floats]:
     """Mean square of what each site multiplies relative to its largest column, [rows, columns] as the weight."""
     segments = Segments(model.ir)
-    uses = {user: site for site in sites if site.activation is not None for user in readers(site)}
+    sites_of = {user: site for site in sites for user in multiplied(site).values()}
     rng = np.random.default_rng(0)
     sums: dict[str, npt.NDArray[np.float64]] = {}
     for feed in calibration_feeds(model, samples, 1 << 13):
-        left = dict.fromkeys(uses)
+        left = dict.fromkeys(sites_of)
         for segment, boundary in segments.boundaries(feed):
             here = {user: str(value.name) for user in left if (value := user.inputs[0]) is not None}
             here = {user: name for user, name in here.items() if name in segment.made or name in boundary}
             read = segment.read(boundary, list(here.values()))
             for user, name in here.items():
-                site = uses[user]
+                site = sites_of[user]
                 rows = input_rows(site, read[name], _ROWS, rng, user)
                 sums[site.name] = sums.get(site.name, 0) + np.square(rows, dtype=np.float64).sum(0)
             left = {user: None for user in left if user not in here}

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from qcompiler.errors import MissingExtra, PassRefused
 from qcompiler.formats.fit import quantize
 from qcompiler.graph.sites import Site, find_sites
+from qcompiler.measure.decoded import decoded_weight
 from qcompiler.measure.loss import Kind
 from qcompiler.measure.segments import Segment
 from qcompiler.model import Model
@@ -96,12 +97,12 @@ def reconstruct(
         shared = [site for site in sites if any(user.outputs[0].name not in segment.made for user in site.users)]
         for site in shared:
             refused.append(Refusal(site.name, "other segments use it too: it keeps the codes it has"))
-            streams.replace(site, site.from_matrix(model.weights[site.name].decode()))
+            streams.replace(site, decoded_weight(site, model.weights[site.name]))
         own = [site for site in sites if site not in shared]
         if any(site.activation is not None for site in own):
             errors[own[0].name] = _learn(model, streams, segment, own, method)
         for site in own:
-            streams.replace(site, site.from_matrix(model.weights[site.name].decode()))
+            streams.replace(site, decoded_weight(site, model.weights[site.name]))
         streams.advance(segment)
     return errors, refused
 

@@ -26,17 +26,6 @@ def block_count(site: Site) -> int:
     return site.groups
 
 
-def readers(site: Site) -> tuple[ir.Node, ...]:
-    """The operations that multiply the weight, one for each value that is read and each way of reading it."""
-    ways: dict[object, ir.Node] = {}
-    for user in site.users:
-        if user.op_type != "Gather":
-            conv = site.layout.startswith("conv")
-            how = sorted((name, str(a.value)) for name, a in user.attributes.items()) if conv else []
-            ways.setdefault((user.inputs[0], str(how)), user)
-    return tuple(ways.values())
-
-
 def input_rows(
     site: Site, x: Array, limit: int, rng: np.random.Generator, user: ir.Node | None = None
 ) -> npt.NDArray[np.float32]:

@@ -16,11 +16,11 @@ import onnx_ir as ir
 from qcompiler.errors import PassRefused
 from qcompiler.graph.rows import rounded as rounded_rows
 from qcompiler.graph.sites import Site, find_sites
+from qcompiler.measure.gram import multiplied
 from qcompiler.measure.samples import samples_for_one
 from qcompiler.measure.segments import Boundary, Segment, Segments
 from qcompiler.model import Model
 from qcompiler.passes.lower.insert_qdq import quantize_rows
-from qcompiler.passes.round.rows import readers
 from qcompiler.plan import Plan, SitePlan
 
 Array = npt.NDArray[Any]
@@ -114,10 +114,10 @@ class Streams:
     def inputs(self, segment: Segment, site: Site) -> Iterator[tuple[ir.Node, Array, Array]]:
         """An operation that multiplies the site's weight, and what it reads in the rounded and in the exact stream.
 
-        For every batch all of `rows.readers`; rows are rounded as the plan says. What is read behind `segment` is what
-        comes of the weights rounded so far.
+        For every batch all that read different rows (`gram.multiplied`); rows are rounded as the plan says. What is
+        read behind `segment` is what comes of the weights rounded so far.
         """
-        users, rows = readers(site), self._narrow.get(site.name)
+        users, rows = tuple(multiplied(site).values()), self._narrow.get(site.name)
         names = [str(user.inputs[0].name) for user in users if user.inputs[0] is not None]
         last = max(self._made_in(segment, name) for name in names)
         for i, (rounded, exact) in enumerate(zip(self.rounded, self.exact, strict=True)):

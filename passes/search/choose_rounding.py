@@ -76,7 +76,9 @@ class ChooseRounding(Pass):
             for text, item in steps_of(self, self.after).items():
                 chain.enter(chain.best, (*chain.steps, text), item)
         found = min(ahead, key=lambda chain: chain.least.loss)
-        refitted = judge is not None and self._lacked(model, found.steps, judge) and self._again(model, found, progress)
+        refitted = False
+        if judge is not None and self._lacked(model, found.steps, judge):
+            refitted = self._again(model, found, judge, progress)
         model.weights, model.bias_shift, model.ranges = found.best.weights, found.best.bias_shift, found.best.ranges
         told = " + ".join(found.steps)
         if judge is not None:
@@ -91,7 +93,7 @@ class ChooseRounding(Pass):
         wanted = [getattr(item, "samples", 0) for item in steps_of(self, steps).values()]
         return self.refit and max(wanted, default=0) * samples_for_one(model.ir, judge.fit) > judge.fit.count
 
-    def _again(self, model: Model, found: _Chain, progress: Progress) -> bool:
+    def _again(self, model: Model, found: _Chain, judge: HeldBack, progress: Progress) -> bool:
         """Take the steps of the best with all data; whether that is kept."""
         progress.note("choose-rounding: once more with the samples that were held back")
         again = _Chain(None, model, progress)
@@ -101,8 +103,7 @@ class ChooseRounding(Pass):
         except QcompilerError as reason:
             found.refused.append(_left_out("second time", reason, model, progress))
             return False
-        assert found.judge is not None
-        if not found.judge.loss(again.best) <= found.least.loss:
+        if not judge.loss(again.best) <= found.least.loss:
             return False
         found.best, found.metrics, found.refused = again.best, again.metrics, again.refused
         return True
@@ -189,22 +190,13 @@ class _Chain:
         work = start.clone()
         work.calibration = start.calibration if self.judge is None else self.judge.fit
         item.requires(work)
+        before = work.parts()
         report = item.run(work, self.progress)
-        if work.plan != start.plan or not _same_graph(work, start):
+        if work.plan != start.plan or work.parts() != before:
             what = f"'{item.registered_name()}' changes the graph or the plan, which roundings leave alone"
             raise BadOption(what, "pass 'choose-rounding'", "put it into the pipeline, as a pass of its own")
         spill(work, start)
         return work, report
-
-
-def _same_graph(work: Model, start: Model) -> bool:
-    """Whether a clone still has the nodes and the tensors of what it was cloned from."""
-    new, old = work.graph, start.graph
-    tensors = all(
-        name in new.initializers and new.initializers[name].const_value is value.const_value
-        for name, value in old.initializers.items()
-    )
-    return tensors and len(new.initializers) == len(old.initializers) and len(new) == len(old)
 
 
 def _left_out(text: str, reason: QcompilerError, model: Model, progress: Progress) -> Refusal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, nan
 from typing import ClassVar, Literal, get_args
 
@@ -97,14 +97,15 @@ class ChooseTransforms(Pass):
 
     def run(self, model: Model, progress: Progress) -> PassReport:
         """Try, choose, apply."""
-        trials, best, kept = self._searched(model, progress) if self.among else ([Trial((), nan, 0.0)], (), ())
+        trials, decided = self._searched(model, progress) if self.among else ([Trial((), nan, 0.0)], ())
+        best = self._ordered(decided)
         reports = self._transformed(model, best, progress)
         told = " + ".join(best) or "none"
         progress.note(f"choose-transforms: {told} ({len(trials)} tried)")
         metrics = {name: value for report in reports for name, value in report.metrics.items()}
         metrics |= {"trials": [trial.to_json() for trial in trials], "interactions": interactions(trials)}
         refused = tuple(refusal for report in reports for refusal in report.refused)
-        metrics |= {"chosen": told, "decided_by": " + ".join(kept) or "none"}
+        metrics |= {"chosen": told, "decided_by": " + ".join(decided) or "none"}
         return PassReport(self.registered_name(), len(reports), refused, metrics)
 
     @property
@@ -112,22 +113,21 @@ class ChooseTransforms(Pass):
         """The planner of the last trials, if there are to be such; without a budget there is nothing to plan for."""
         return (self.plan,) if self.plan and self.budget else ()
 
-    def _searched(self, model: Model, progress: Progress) -> tuple[list[Trial], _Steps, _Steps]:
-        """All trials, in the order in which they were made, the best set, and the trial that says so."""
+    def _searched(self, model: Model, progress: Progress) -> tuple[list[Trial], _Steps]:
+        """All trials, in the order in which they were made, and the steps of the one that decides."""
         start = self._ordered(self.start)
         if not self._stand_in(model).sites:  # nothing can be rounded, so that nothing can be told apart
-            return [Trial((), nan, 0.0)], (), ()
+            return [Trial((), nan, 0.0)], ()
         judge = HeldBack.of(model, progress, self.registered_name()) if self.seconds else None
         if judge is None:
-            return [Trial(start, nan, 0.0)], start, start
+            return [Trial(start, nan, 0.0)], start
         trials = self._trials(model, judge, progress)
         if start not in [trial.steps for trial in trials]:  # the time was over before
-            return trials, start, start
+            return trials, start
         best = _fewest(trials).steps
-        planned = {steps: self._try_planned(model, steps, judge, progress) for steps in self._close(trials, best)}
-        losses = [replace(trial, steps=steps) for steps, trial in planned.items() if trial.loss < inf]
-        decided = _fewest(losses).steps if losses else best
-        return [*trials, *planned.values()], decided, (*decided, self.plan) if losses else decided
+        planned = [self._try_planned(model, steps, judge, progress) for steps in self._close(trials, best)]
+        known = [trial for trial in planned if trial.loss < inf]
+        return [*trials, *planned], _fewest(known).steps if known else best
 
     def _close(self, trials: Sequence[Trial], best: _Steps) -> list[_Steps]:
         """What is tried with a plan: the best, and what it has to beat where that is close."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import onnx_ir as ir
-
 from qcompiler.errors import BadOption
 from qcompiler.graph.sites import find_sites
 from qcompiler.measure.memory import give_back, spill
@@ -51,12 +49,12 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
     transformed: list[bool] = []
     for item in pipeline.passes:
         rounded = rounded if work.lowered else work.clone()
-        before = _parts(work)
+        before = work.parts()
         if item.makes_codes and work.plan is model.plan and not work.plan.sites:
             what = f"the pass '{item.registered_name()}' rounds what is planned, and no pass before it makes a plan"
             raise BadOption(what, "--pipeline", "put 'allocate' or 'uniform' in front of it")
         reports += replace(pipeline, passes=[item]).run(work, progress)
-        transformed.append(not work.lowered and _parts(work) != before)
+        transformed.append(not work.lowered and work.parts() != before)
         spill(work, model)
         give_back((*model.graph.initializers.values(), *work.graph.initializers.values()))
         if only_plan and work.plan is not model.plan:  # perhaps an empty one: there may be nothing to decide
@@ -68,8 +66,3 @@ def lower(model: Model, pipeline: Pipeline, progress: Progress, *, only_plan: bo
     if not rounded.weights and not rounded.ranges and find_sites(model.ir):
         progress.note("nothing is quantized: all weights and activations stay float")
     return Lowering(model, rounded, work, reports, transformed)
-
-
-def _parts(model: Model) -> tuple[list[ir.Node], dict[str, ir.TensorProtocol | None]]:
-    """The nodes and tensors that a graph is made of, equal if they are the same ones: transforms replace them."""
-    return list(model.graph), {name: value.const_value for name, value in model.graph.initializers.items()}

@@ -94,8 +94,12 @@ class Site:
 
     def matrix(self) -> npt.NDArray[np.float32]:
         """The weight as float32 [rows, columns], read from its initializer."""
+        return np.asarray(self.to_matrix(self.array()), np.float32)
+
+    def array(self) -> Array:
+        """The weight as its initializer holds it."""
         assert self.weight.const_value is not None
-        return np.asarray(self.to_matrix(self.weight.const_value.numpy()), np.float32)
+        return self.weight.const_value.numpy()
 
 
 BRANCH = "qcompiler.branch"  # metadata of a constant that corrects a site: the name of the site's weight

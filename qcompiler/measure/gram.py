@@ -52,10 +52,10 @@ def grams(model: Model, sites: Sequence[Site], limit: int | None = None, rows: i
         limit: samples, all if None.
         rows: at most so many rows of one batch, evenly spread.
     """
-    kinds = {site.name: _rows_of(site) for site in sites}
+    kinds = {site.name: tuple(multiplied(site)) for site in sites}
     shared = {uses: site for site in sites if (uses := kinds[site.name])}
     key = measurement_key(model, "grams", [str(k) for k in shared], limit, rows)
-    found: dict[tuple[_Rows, ...], Gram] = {}
+    found: dict[tuple[Rows, ...], Gram] = {}
     stored = model.cache.get(key) if model.cache is not None and key is not None else None
     if stored is not None:
         for i, uses in enumerate(shared):
@@ -73,20 +73,16 @@ _FIELDS = ("matrix", "mean", "count")
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """What decides which rows a user multiplies: the value it reads and how it reads it."""
 
     value: str
     reading: str
 
 
-def _rows_of(site: Site) -> tuple[_Rows, ...]:
-    return tuple(_uses(site))
-
-
-def _uses(site: Site) -> dict[_Rows, ir.Node]:
-    """What the site multiplies, each once, with a user that does."""
-    rows: dict[_Rows, ir.Node] = {}
+def multiplied(site: Site) -> dict[Rows, ir.Node]:
+    """What the site multiplies, each once, with an operation that does."""
+    rows: dict[Rows, ir.Node] = {}
     for user in site.users:
         data = None if user.op_type == "Gather" else user.inputs[0]
         if data is None or data.name is None:
@@ -96,18 +92,18 @@ def _uses(site: Site) -> dict[_Rows, ir.Node]:
             reading = f"{user.op_type} {site.shape[2:]} {site.groups} {settings}"
         else:
             reading = f"product {site.shape[:-2]} {site.columns}"
-        rows.setdefault(_Rows(data.name, reading), user)
+        rows.setdefault(Rows(data.name, reading), user)
     return rows
 
 
 def _measure(
-    model: Model, shared: dict[tuple[_Rows, ...], Site], limit: int | None, rows: int
-) -> dict[tuple[_Rows, ...], Gram]:
-    by_value: dict[str, list[tuple[tuple[_Rows, ...], ir.Node]]] = {}
+    model: Model, shared: dict[tuple[Rows, ...], Site], limit: int | None, rows: int
+) -> dict[tuple[Rows, ...], Gram]:
+    by_value: dict[str, list[tuple[tuple[Rows, ...], ir.Node]]] = {}
     for uses, site in shared.items():
-        for use, user in _uses(site).items():
+        for use, user in multiplied(site).items():
             by_value.setdefault(use.value, []).append((uses, user))
-    found: dict[tuple[_Rows, ...], Gram] = {}
+    found: dict[tuple[Rows, ...], Gram] = {}
     for batch in activations(model, by_value, limit):
         for name, array in batch.items():
             for uses, user in by_value[name]:
@@ -136,7 +132,7 @@ def _product(x: Floats) -> Floats:
 
 def gram_bytes(sites: Iterable[Site]) -> int:
     """Memory that `grams` of these sites takes."""
-    shared = {uses: site for site in sites if (uses := _rows_of(site))}
+    shared = {uses: site for site in sites if (uses := tuple(multiplied(site)))}
     return sum(4 * max(site.groups, prod(site.shape[:-2]), 1) * site.columns**2 for site in shared.values())
 
 

@@ -41,10 +41,9 @@ class QuantizedWeights:
 
     def get(self, site: int, option: int) -> Array:
         """The decoded weight of a site, in the shape and type of its initializer; an option < 0 is the float weight."""
-        own, tensor = self._sites[site], self._sites[site].weight.const_value
-        assert tensor is not None
+        own = self._sites[site]
         if option < 0:
-            return tensor.numpy()
+            return own.array()
 
         def decode() -> Array:
             codes = self._codes.get((site, option), lambda: effective(own.matrix(), self._specs[site][option]))

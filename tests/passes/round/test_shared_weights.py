@@ -9,14 +9,13 @@ import pytest
 from onnx import helper
 
 from qcompiler.graph.sites import find_sites
-from qcompiler.measure.gram import grams
+from qcompiler.measure.gram import grams, multiplied
 from qcompiler.measure.segments import Segments
 from qcompiler.model import Model
 from qcompiler.passes.round.adaround import AdaRound
 from qcompiler.passes.round.bias_correction import BiasCorrection
 from qcompiler.passes.round.gptq import GPTQ
 from qcompiler.passes.round.nearest import Nearest
-from qcompiler.passes.round.rows import readers
 from qcompiler.progress import Silent
 from tests.passes.round.small_models import build, planned, relative_error
 
@@ -108,4 +107,4 @@ def test_one_value_that_two_convolutions_read_in_two_ways() -> None:
     model = build(nodes, weights, {"x": ["batch", 2, 8, 8]}, ["y"], {"x": x})
     (site,) = find_sites(model.ir)
     assert grams(model, [site])[site.name].count == 3 * (6 * 6 + 4 * 4)
-    assert [user.name for user in readers(site)] == ["a", "b"]
+    assert [user.name for user in tuple(multiplied(site).values())] == ["a", "b"]
